@@ -1,0 +1,339 @@
+/*
+ * batch.c - fetch, inflate, scatter: from planned runs to the caller's buffers
+ *
+ * Compressed clusters that are neighbours in the file are fetched with one read, and each is inflated straight into the caller's
+ * buffer; only a cluster that a buffer's border cuts goes through a buffer of ours.
+ *
+ * A cluster of which only a part is wanted goes through the cache, since the rest of it is likely to be asked for next. A whole
+ * cluster is looked for in the cache but not put there: it would cost a copy, and a long read would fill the cache with what is
+ * not asked for again.
+ *
+ * What a file can make us allocate here: scratch buffers of some twice the batch, as a descriptor can claim two cluster sizes of input.
+ */
+#include "internal.h"
+#include "layout.h"
+
+#include <string.h>
+
+enum {
+    MERGE_GAP = 4 << 10, /* reading over a gap of so much is cheaper than a second read */
+    MERGE_NBYTES = 1 << 20,
+    BOUNCE_BELOW = 32 << 10, /* plain data for smaller buffers is read together, then scattered */
+    BOUNCE_NBYTES = 256 << 10,
+};
+
+/* The place of an error in a run; the first byte that cannot be had. */
+static fq_status fail_in_run(fq_error *error, fq_status status, const fq_run *run, uint64_t host_off, uint64_t value)
+{
+    fq_fail(error, status, run->guest_off, host_off, value);
+    error->depth = run->depth;
+    return status;
+}
+
+static bool is_whole(const fq_run *run)
+{
+    return run->kind == FQ_COMPRESSED && run->skip == 0 && run->nbytes == fq_cluster_size(&run->layer->geometry);
+}
+
+/* ---- destinations */
+
+/* Where the byte of a guest offset goes, and how many can follow it there. Empty buffers hold nothing. */
+static uint8_t *dest_at(const fq_dest *dest, uint64_t guest_off, uint64_t *room)
+{
+    const fq_iovec *iov = dest->iov;
+    const uint64_t pos = guest_off - dest->guest_off;
+    size_t low = 0, high = dest->niov;
+
+    while (high - low > 1) {
+        const size_t mid = low + (high - low) / 2;
+
+        if (iov[mid].start <= pos)
+            low = mid;
+        else
+            high = mid;
+    }
+    *room = iov[low].nbytes - (pos - iov[low].start);
+    return iov[low].base + (pos - iov[low].start);
+}
+
+/* Copy to the buffers from a guest offset on; from NULL come zeroes. */
+static void scatter(const fq_dest *dest, uint64_t guest_off, const uint8_t *from, uint64_t nbytes)
+{
+    while (nbytes > 0) {
+        uint64_t room;
+        uint8_t *to = dest_at(dest, guest_off, &room);
+
+        if (room > nbytes)
+            room = nbytes;
+        if (from) {
+            memcpy(to, from, room);
+            from += room;
+        } else {
+            memset(to, 0, room);
+        }
+        guest_off += room;
+        nbytes -= room;
+    }
+}
+
+/* ---- plain data */
+
+/*
+ * A data cluster that the end of the file cuts is followed by zeroes, as for QEMU. One that starts beyond the end is an error here, where
+ * QEMU gives zeroes: the file was cut, and the bytes are lost.
+ */
+static fq_status read_data(fq_job *job, const fq_run *run, uint64_t done, uint8_t *to, size_t nbytes, fq_error *error)
+{
+    fq_reader *layer = run->layer;
+    const uint64_t host_off = run->host_off + done;
+    size_t got;
+    fq_status status = fq_source_read(layer->source, job->request, to, nbytes, host_off, &got, error);
+
+    if (status != FQ_OK) {
+        error->guest_off = run->guest_off + done + got;
+        error->depth = run->depth;
+        return status;
+    }
+    fq_count(&layer->bytes_fetched, got);
+    if (got < nbytes) {
+        const uint64_t size = fq_source_size(layer->source), mask = layer->raw ? 0 : fq_cluster_size(&layer->geometry) - 1;
+        const uint64_t last = (host_off + nbytes - 1) & ~mask, first_lost = (size + mask) & ~mask;
+
+        if (last >= size) {
+            fq_fail(error, FQ_ERR_CLUSTER_EOF, run->guest_off + done, host_off & ~mask, size);
+            if (first_lost > host_off) {
+                error->guest_off += first_lost - host_off;
+                error->host_off = first_lost;
+            }
+            error->depth = run->depth;
+            return FQ_ERR_CLUSTER_EOF;
+        }
+        memset(to + got, 0, nbytes - got);
+    }
+    return FQ_OK;
+}
+
+static fq_status fetch_data(fq_job *job, const fq_run *run, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+{
+    for (uint64_t done = 0; done < run->nbytes;) {
+        uint64_t left = run->nbytes - done, n;
+        uint8_t *to = dest_at(dest, run->guest_off + done, &n);
+        const bool direct = n >= left || n >= BOUNCE_BELOW;
+        fq_status status;
+
+        if (!direct) {
+            n = BOUNCE_NBYTES;
+            if (!fq_scratch_grow(&scratch->out, &scratch->out_capacity, BOUNCE_NBYTES))
+                return fail_in_run(error, FQ_ERR_NOMEM, run, FQ_NOWHERE, FQ_NOWHERE);
+            to = scratch->out;
+        }
+        if (n > left)
+            n = left;
+        status = read_data(job, run, done, to, (size_t)n, error);
+        if (status != FQ_OK)
+            return status;
+        if (!direct)
+            scatter(dest, run->guest_off + done, to, n);
+        done += n;
+    }
+    return FQ_OK;
+}
+
+/* ---- compressed clusters */
+
+static fq_status inflate_run(const fq_run *run, fq_scratch *scratch, const uint8_t *in, size_t in_nbytes, uint8_t *out, fq_error *error)
+{
+    const fq_geometry *g = &run->layer->geometry;
+    const fq_status status = fq_inflater_run(scratch->inflater, g->codec, in, in_nbytes, out, (size_t)fq_cluster_size(g));
+
+    if (status != FQ_OK)
+        return fail_in_run(error, status, run, run->host_off, run->entry);
+    fq_count(&run->layer->clusters_inflated, 1);
+    return FQ_OK;
+}
+
+/* Where in scratch->in the next compressed run's bytes go is known; read [from, to) of the batch's list, neighbours in the file, at once. */
+static fq_status fetch_group(fq_job *job, fq_batch *b, fq_scratch *scratch, size_t from, size_t to, uint64_t host_end, fq_error *error)
+{
+    const fq_run *first = &b->runs[from];
+    const size_t at = b->in_used, nbytes = (size_t)(host_end - first->host_off);
+    size_t got;
+    fq_status status = fq_source_read(first->layer->source, job->request, scratch->in + at, nbytes, first->host_off, &got, error);
+
+    if (status != FQ_OK) {
+        error->guest_off = first->guest_off;
+        error->depth = first->depth;
+        return status;
+    }
+    fq_count(&first->layer->bytes_fetched, got);
+    for (size_t i = from; i < to; i++) {
+        const fq_run *run = &b->runs[i];
+        const size_t rel = (size_t)(run->host_off - first->host_off);
+
+        if (!is_whole(run) || b->hit[i])
+            continue;
+        if (rel >= got)
+            return fail_in_run(error, FQ_ERR_COMPRESSED_EOF, run, run->host_off, fq_source_size(run->layer->source));
+        b->in_at[i] = at + rel;
+        b->in_got[i] = got - rel < run->in_nbytes ? got - rel : run->in_nbytes;
+    }
+    b->in_used += nbytes;
+    return FQ_OK;
+}
+
+/* Fetch the clusters that are wanted whole and not cached: groups of neighbours with one read each. */
+static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch, fq_error *error)
+{
+    size_t capacity = 0;
+
+    b->in_used = 0;
+    for (size_t i = 0; i < b->count; i++) {
+        const fq_run *run = &b->runs[i];
+
+        b->hit[i] = is_whole(run) ? fq_cache_peek(run->layer->clusters, run->layer->owner, run->entry) : NULL;
+        if (is_whole(run) && !b->hit[i])
+            capacity += run->in_nbytes + MERGE_GAP;
+    }
+    if (!fq_scratch_grow(&scratch->in, &scratch->in_capacity, capacity))
+        return fail_in_run(error, FQ_ERR_NOMEM, &b->runs[0], FQ_NOWHERE, FQ_NOWHERE);
+
+    for (size_t i = 0, next; i < b->count; i = next) {
+        const fq_run *run = &b->runs[i];
+        uint64_t end = run->host_off + run->in_nbytes;
+        fq_status status;
+
+        next = i + 1;
+        if (!is_whole(run) || b->hit[i])
+            continue;
+        for (; next < b->count; next++) {
+            const fq_run *more = &b->runs[next];
+            const uint64_t more_end = more->host_off + more->in_nbytes;
+
+            if (!is_whole(more) || b->hit[next])
+                continue;
+            if (more->layer != run->layer || more->host_off < run->host_off || more->host_off > end + MERGE_GAP ||
+                more_end - run->host_off > MERGE_NBYTES)
+                break;
+            if (more_end > end)
+                end = more_end;
+        }
+        status = fetch_group(job, b, scratch, i, next, end, error);
+        if (status != FQ_OK)
+            return status;
+    }
+    return FQ_OK;
+}
+
+fq_status fq_batch_fetch(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+{
+    fq_status status = fetch_compressed(job, b, scratch, error);
+
+    for (size_t i = 0; i < b->count && status == FQ_OK; i++)
+        if (b->runs[i].kind == FQ_DATA)
+            status = fetch_data(job, &b->runs[i], scratch, dest, error);
+    return status;
+}
+
+typedef struct cluster_fill {
+    fq_job *job;
+    const fq_run *run;
+    fq_scratch *scratch;
+    fq_error *error;
+} cluster_fill;
+
+static fq_status fill_cluster(void *arg, uint8_t *data)
+{
+    const cluster_fill *f = arg;
+    const fq_run *run = f->run;
+    size_t got;
+    fq_status status;
+
+    if (!fq_scratch_grow(&f->scratch->in, &f->scratch->in_capacity, run->in_nbytes))
+        return fail_in_run(f->error, FQ_ERR_NOMEM, run, FQ_NOWHERE, FQ_NOWHERE);
+    status = fq_source_read(run->layer->source, f->job->request, f->scratch->in, run->in_nbytes, run->host_off, &got, f->error);
+    if (status != FQ_OK) {
+        f->error->guest_off = run->guest_off;
+        f->error->depth = run->depth;
+        return status;
+    }
+    fq_count(&run->layer->bytes_fetched, got);
+    if (got == 0)
+        return fail_in_run(f->error, FQ_ERR_COMPRESSED_EOF, run, run->host_off, fq_source_size(run->layer->source));
+    return inflate_run(run, f->scratch, f->scratch->in, got, data, f->error);
+}
+
+static fq_status read_part_of_cluster(fq_job *job, const fq_run *run, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+{
+    fq_reader *layer = run->layer;
+    cluster_fill fill = {job, run, scratch, error};
+    fq_block *block;
+    bool filled;
+    fq_status status = fq_cache_get(layer->clusters, layer->owner, run->entry, (size_t)fq_cluster_size(&layer->geometry), fill_cluster,
+                                    &fill, &filled, &block);
+
+    if (status != FQ_OK)
+        return filled ? status : fail_in_run(error, status, run, FQ_NOWHERE, FQ_NOWHERE);
+    if (!filled)
+        fq_count(&layer->cache_hits, 1);
+    scatter(dest, run->guest_off, fq_block_data(block) + run->skip, run->nbytes);
+    fq_cache_release(layer->clusters, block, run->skip, run->skip + run->nbytes);
+    return FQ_OK;
+}
+
+static fq_status read_whole_cluster(fq_batch *b, size_t i, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+{
+    const fq_run *run = &b->runs[i];
+    uint64_t room;
+    uint8_t *to = dest_at(dest, run->guest_off, &room);
+    fq_status status;
+
+    if (b->hit[i]) {
+        scatter(dest, run->guest_off, fq_block_data(b->hit[i]), run->nbytes);
+        fq_count(&run->layer->cache_hits, 1);
+        return FQ_OK;
+    }
+    if (room >= run->nbytes)
+        return inflate_run(run, scratch, scratch->in + b->in_at[i], b->in_got[i], to, error);
+    if (!fq_scratch_grow(&scratch->out, &scratch->out_capacity, (size_t)run->nbytes))
+        return fail_in_run(error, FQ_ERR_NOMEM, run, FQ_NOWHERE, FQ_NOWHERE);
+    status = inflate_run(run, scratch, scratch->in + b->in_at[i], b->in_got[i], scratch->out, error);
+    if (status == FQ_OK)
+        scatter(dest, run->guest_off, scratch->out, run->nbytes);
+    return status;
+}
+
+/*
+ * The order matters: whole clusters first, out of scratch->in, which the parts of clusters then use again. Errors are therefore kept by
+ * guest offset, so that a damaged image always gives the same one.
+ */
+fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+{
+    fq_error each;
+
+    error->status = FQ_OK;
+    for (int parts = 0; parts < 2; parts++) {
+        for (size_t i = 0; i < b->count; i++) {
+            const fq_run *run = &b->runs[i];
+            fq_status status = FQ_OK;
+
+            if (run->kind == FQ_DATA || (run->kind == FQ_COMPRESSED && !is_whole(run)) != parts)
+                continue;
+            if (run->kind != FQ_COMPRESSED)
+                scatter(dest, run->guest_off, NULL, run->nbytes);
+            else if (parts)
+                status = read_part_of_cluster(job, run, scratch, dest, &each);
+            else
+                status = read_whole_cluster(b, i, scratch, dest, &each);
+            if (status != FQ_OK && (error->status == FQ_OK || each.guest_off < error->guest_off))
+                *error = each;
+        }
+    }
+    return error->status;
+}
+
+void fq_batch_release(fq_batch *b)
+{
+    for (size_t i = 0; i < b->count; i++)
+        if (b->hit[i])
+            fq_cache_release(b->runs[i].layer->clusters, b->hit[i], 0, (size_t)b->runs[i].nbytes);
+}

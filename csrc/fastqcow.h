@@ -1,0 +1,214 @@
+/*
+ * fastqcow.h - the whole interface of the core
+ *
+ * The core reads guest bytes out of qcow2 images and knows nothing of Python: it is told where bytes come from (a source),
+ * what an image's header said (options, already checked against their limits by the caller), and where bytes go (buffers, or
+ * a descriptor). Everything is documented here, once; the .c files say why they do it the way they do.
+ *
+ * Words: a guest offset (guest_off) is a place on the virtual disk, a host offset (host_off) a place in the file that holds it;
+ * in_nbytes counts compressed bytes, out_nbytes inflated ones. All counts are bytes. "Layer" is one file of a backing chain,
+ * depth 0 being the image that was asked for.
+ *
+ * Errors are values. Every function that can fail returns an fq_status and, where it takes an fq_error, fills it with the place.
+ *
+ * Threads: a source, a reader and their caches may be used by any number of threads at once. A reader and everything that it was
+ * given (source, backing reader) must outlive the calls made on it; the core counts no references to them.
+ */
+#ifndef FASTQCOW_H
+#define FASTQCOW_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+/* Every way to fail, each with the sentence that a person is shown. */
+#define FQ_STATUSES(X)                                                                                                             \
+    X(FQ_OK, "no error")                                                                                                           \
+    X(FQ_ERR_NOMEM, "not enough memory")                                                                                           \
+    X(FQ_ERR_ARGUMENT, "an argument is out of its range")                                                                          \
+    X(FQ_ERR_READ, "the file could not be read")                                                                                   \
+    X(FQ_ERR_WRITE, "the target could not be written")                                                                             \
+    X(FQ_ERR_SOURCE, "the file object failed to read")                                                                             \
+    X(FQ_ERR_CANCELLED, "the caller asked to stop")                                                                                \
+    X(FQ_ERR_L1_EOF, "the L1 table runs past the end of the file")                                                                 \
+    X(FQ_ERR_L2_UNALIGNED, "the L1 entry points to an L2 table that is not aligned to a cluster")                                  \
+    X(FQ_ERR_L2_EOF, "the L2 table runs past the end of the file")                                                                 \
+    X(FQ_ERR_CLUSTER_UNALIGNED, "the L2 entry points to a data cluster that is not aligned to a cluster")                          \
+    X(FQ_ERR_CLUSTER_EOF, "the data cluster starts beyond the end of the file")                                                    \
+    X(FQ_ERR_ZERO_IN_V2, "the L2 entry has the zero flag, which version 2 does not have")                                          \
+    X(FQ_ERR_SUBCLUSTER_BOTH, "the L2 entry says of a subcluster that it is both allocated and zero")                              \
+    X(FQ_ERR_SUBCLUSTER_NOWHERE, "the L2 entry says that subclusters are allocated, but gives no cluster")                         \
+    X(FQ_ERR_COMPRESSED_EOF, "the compressed cluster starts beyond the end of the file")                                           \
+    X(FQ_ERR_DEFLATE, "the compressed cluster is not a valid deflate stream")                                                      \
+    X(FQ_ERR_ZSTD, "the compressed cluster is not a valid zstd stream")                                                            \
+    X(FQ_ERR_INFLATED_SHORT, "the compressed cluster inflates to less than a cluster")                                             \
+    X(FQ_ERR_INFLATED_LONG, "the compressed cluster inflates to more than a cluster")
+
+typedef enum fq_status {
+#define FQ_ENUM(name, sentence) name,
+    FQ_STATUSES(FQ_ENUM)
+#undef FQ_ENUM
+    FQ_STATUS_COUNT
+} fq_status;
+
+/* The sentence of a status; a fixed string also for a number that is no status. */
+const char *fq_status_sentence(fq_status status);
+
+#define FQ_NOWHERE UINT64_MAX
+
+/* Where it went wrong. A field that means nothing for the status is FQ_NOWHERE (or 0 for the errno). */
+typedef struct fq_error {
+    fq_status status;
+    int sys_errno;      /* of FQ_ERR_READ and FQ_ERR_WRITE */
+    uint32_t depth;     /* layer of the chain: 0 is the image itself */
+    uint64_t guest_off;
+    uint64_t host_off;
+    uint64_t value;     /* the table entry, or the number, that was wrong */
+} fq_error;
+
+/* ---- Inflation (inflate.c, scratch.c) ------------------------------------------------------------------------------------------ */
+
+typedef enum fq_codec {
+    FQ_CODEC_DEFLATE,      /* raw deflate by the fastest engine built in */
+    FQ_CODEC_DEFLATE_LIBZ, /* raw deflate by libz, the reference */
+    FQ_CODEC_ZSTD,
+    FQ_CODEC_COUNT
+} fq_codec;
+
+/*
+ * Inflate one compressed cluster of in_nbytes into exactly out_nbytes. `in` may hold anything after the stream's end, as a
+ * qcow2 descriptor counts whole sectors. The verdict is QEMU's (qcow2-threads.c): deflate is good once the cluster is full, also
+ * if the end mark is not reached; zstd frames are read until the cluster is full, and the last must end there.
+ */
+fq_status fq_inflate(fq_codec codec, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t out_nbytes);
+
+/* "1.14" and such; NULL where the engine is not built in. */
+const char *fq_version_libdeflate(void);
+const char *fq_version_libz(void);
+const char *fq_version_libzstd(void);
+
+/* ---- Tables (layout.h, l2.c) -------------------------------------------------------------------------------------------- */
+
+typedef enum fq_kind {
+    FQ_UNALLOCATED,       /* the backing file's bytes, or zeroes */
+    FQ_UNALLOCATED_ALLOC, /* the same, of a subcluster whose cluster has a place in the file */
+    FQ_ZERO,
+    FQ_ZERO_ALLOC,        /* zeroes, with a place in the file that is not read */
+    FQ_DATA,
+    FQ_COMPRESSED,
+    FQ_KIND_COUNT
+} fq_kind;
+
+typedef struct fq_geometry {
+    uint32_t version;      /* 2 or 3 */
+    uint32_t cluster_bits; /* 9 to 21 */
+    bool extended_l2;      /* 16-byte entries, 32 subclusters a cluster */
+    fq_codec codec;
+} fq_geometry;
+
+/*
+ * Decode `entries` entries of an L2 table as it stands in the file (big-endian; 8 bytes an entry, 16 if extended) into arrays of
+ * `entries` elements, or 32 times as many if extended. kind[i] is an fq_kind, or FQ_KIND_COUNT + the status where the entry is
+ * invalid. in_nbytes[i] is 0 but for compressed clusters.
+ */
+void fq_l2_parse(const fq_geometry *geometry, const uint8_t *table, size_t entries, uint8_t *kind, uint64_t *host_off,
+                 uint32_t *in_nbytes);
+
+/* ---- Sources (source.c) ------------------------------------------------------------------------------------------------- */
+
+typedef struct fq_source fq_source;
+
+/*
+ * Reads up to nbytes at host_off into buf and returns how many, 0 only at the end, or -1 for a failure that the callee has noted
+ * itself, for instance in `user`: what the caller of the core put into the fq_request that this read is done for.
+ * May be called from any thread, by several at once.
+ */
+typedef ptrdiff_t (*fq_read_fn)(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off);
+
+/* The descriptor stays the caller's. seek_holes allows lseek(SEEK_DATA), which moves the descriptor's own position. */
+fq_source *fq_source_fd(int fd, bool seek_holes);
+fq_source *fq_source_callback(fq_read_fn read, void *opaque, uint64_t nbytes);
+void fq_source_free(fq_source *source);
+
+typedef struct fq_request fq_request;
+
+/* Read until nbytes are there or the file ends; *got says how many came. An error carries host_off, and no guest offset. */
+fq_status fq_source_read(fq_source *source, const fq_request *request, uint8_t *buf, size_t nbytes, uint64_t host_off, size_t *got,
+                         fq_error *error);
+/* The length of the file as it is now. */
+uint64_t fq_source_size(const fq_source *source);
+
+/* ---- Readers (reader.c) ------------------------------------------------------------------------------------------------- */
+
+typedef struct fq_reader fq_reader;
+
+/* Whom a call is made for. Both fields may be NULL; poll is called by the calling thread only, some 20 times a second. */
+struct fq_request {
+    void *user;
+    int (*poll)(void *user, uint64_t done_nbytes); /* non-zero: stop with FQ_ERR_CANCELLED */
+};
+
+/* One buffer of a scattered read. `start` is where it begins within the request: the sum of nbytes of those before it. */
+typedef struct fq_iovec {
+    uint8_t *base;
+    size_t nbytes;
+    uint64_t start;
+} fq_iovec;
+
+typedef struct fq_reader_options {
+    fq_geometry geometry;
+    uint64_t size;               /* of the virtual disk */
+    uint64_t l1_off;             /* of the active L1 table in the file */
+    uint32_t l1_entries;
+    size_t cluster_cache_nbytes; /* bound on inflated clusters kept, and ... */
+    size_t table_cache_nbytes;   /* ... on L2 tables kept; a reader with a backing reader uses that one's caches */
+    unsigned threads;            /* at most this many threads work on one call, the calling one included */
+} fq_reader_options;
+
+/* `backing` may be NULL. The L1 table is read here. */
+fq_status fq_reader_open_qcow2(fq_source *source, fq_reader *backing, const fq_reader_options *options, const fq_request *request,
+                               fq_reader **out, fq_error *error);
+/* A plain file; of options only size, threads and the cache bounds count. */
+fq_status fq_reader_open_raw(fq_source *source, const fq_reader_options *options, fq_reader **out, fq_error *error);
+void fq_reader_close(fq_reader *reader);
+
+/* Fill the buffers from guest_off on. The range must lie within the disk (else FQ_ERR_ARGUMENT). All or nothing. */
+fq_status fq_reader_preadv(fq_reader *reader, const fq_iovec *iov, size_t niov, uint64_t guest_off, const fq_request *request,
+                           fq_error *error);
+
+/* A range whose bytes come from one place. host_off continues through the extent; FQ_NOWHERE where it means nothing. */
+typedef struct fq_extent {
+    uint64_t guest_off;
+    uint64_t nbytes;
+    uint64_t host_off;
+    uint32_t depth; /* of the layer that decides */
+    fq_kind kind;
+} fq_extent;
+
+/* The extents from guest_off to end, neighbours merged; at most `capacity` of them, their count in *count. */
+fq_status fq_reader_map(fq_reader *reader, uint64_t guest_off, uint64_t end, fq_extent *extents, size_t capacity, size_t *count,
+                        const fq_request *request, fq_error *error);
+
+typedef struct fq_stats {
+    uint64_t clusters_inflated;
+    uint64_t cache_hits;     /* reads of a compressed cluster served without inflating it */
+    uint64_t bytes_fetched;  /* read from the file of this layer */
+    uint64_t bytes_returned; /* guest bytes given to callers */
+} fq_stats;
+
+/* Sums over the reader and the layers below it (bytes_returned: of this reader alone). */
+void fq_reader_stats(const fq_reader *reader, fq_stats *stats);
+
+/* ---- Export (export.c) -------------------------------------------------------------------------------------------------- */
+
+typedef struct fq_target {
+    int fd;            /* written by position; its own position is not touched */
+    uint64_t grain;    /* runs of zeroes in units of so many bytes are not written as data; 0: everything is written */
+    bool reads_zero;   /* what is not written reads as zeroes already (a new file) */
+} fq_target;
+
+/* Write the guest range to the same offsets of the target, by many threads. *written counts bytes of data written. */
+fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
+                    const fq_request *request, fq_error *error);
+
+#endif

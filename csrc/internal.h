@@ -1,0 +1,180 @@
+/*
+ * internal.h - what the files of the core share among themselves
+ */
+#ifndef FASTQCOW_INTERNAL_H
+#define FASTQCOW_INTERNAL_H
+
+#define _GNU_SOURCE /* before any system header: SEEK_DATA, fallocate, and POSIX under -std=c11 */
+#define _FILE_OFFSET_BITS 64
+
+#include "fastqcow.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+/* ---- source.c */
+
+/* Whether reads should come in the order of the file: callbacks may stand for streams that cannot seek cheaply. */
+bool fq_source_ordered(const fq_source *source);
+/* The run of holes or of data that starts at host_off, at most nbytes long: its length; *hole says which. */
+uint64_t fq_source_run(const fq_source *source, uint64_t host_off, uint64_t nbytes, bool *hole);
+
+/* ---- inflate.c: the codecs' states, for one thread at a time; made on first use, kept for the next cluster */
+
+typedef struct fq_inflater fq_inflater;
+
+fq_inflater *fq_inflater_new(void); /* NULL without memory */
+void fq_inflater_free(fq_inflater *inflater);
+/* As fq_inflate. */
+fq_status fq_inflater_run(fq_inflater *inflater, fq_codec codec, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t out_nbytes);
+
+/* ---- scratch.c: buffers and codec states of one thread at work, kept for the next one */
+
+typedef struct fq_scratch {
+    struct fq_scratch *next;
+    fq_inflater *inflater;
+    uint8_t *in;     /* fetched bytes */
+    uint8_t *out;    /* inflated or plain bytes on their way to several buffers */
+    uint8_t *gather; /* a batch on its way to a descriptor */
+    size_t in_capacity, out_capacity, gather_capacity;
+} fq_scratch;
+
+fq_scratch *fq_scratch_get(void); /* NULL without memory */
+void fq_scratch_put(fq_scratch *scratch);
+bool fq_scratch_grow(uint8_t **buf, size_t *capacity, size_t nbytes);
+
+/* ---- pool.c: the process's worker threads */
+
+/* Run fn(arg) on this thread and on up to `helpers` others at the same time; returns when all have returned. */
+void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void *arg);
+
+/* ---- cache.c: blocks of bytes by (owner, key), bounded, each made once */
+
+typedef struct fq_cache fq_cache;
+typedef struct fq_block fq_block;
+
+fq_cache *fq_cache_new(size_t budget_nbytes, size_t block_nbytes); /* block_nbytes: what most blocks will have */
+fq_cache *fq_cache_ref(fq_cache *cache);
+void fq_cache_unref(fq_cache *cache);
+uint32_t fq_cache_new_owner(fq_cache *cache);
+
+typedef fq_status (*fq_fill_fn)(void *arg, uint8_t *data);
+
+/*
+ * The block, pinned until fq_cache_release. Of callers that ask at once for a block that is not there, one runs `fill` and the others
+ * wait; if it fails, its caller gets the status and each waiter tries for itself. *filled says that this call ran `fill`.
+ */
+fq_status fq_cache_get(fq_cache *cache, uint32_t owner, uint64_t key, size_t nbytes, fq_fill_fn fill, void *arg, bool *filled,
+                       fq_block **out);
+/* The block if it is there, else NULL. Does not wait. */
+fq_block *fq_cache_peek(fq_cache *cache, uint32_t owner, uint64_t key);
+/* `from` and `to`: the part of the block that was used. Use that carries on where the last one ended is one use, not two. */
+void fq_cache_release(fq_cache *cache, fq_block *block, size_t from, size_t to);
+const uint8_t *fq_block_data(const fq_block *block);
+
+/* ---- reader.c, l2.c */
+
+struct fq_reader {
+    fq_source *source;
+    fq_reader *backing;
+    bool raw;
+    fq_geometry geometry;
+    uint64_t size;
+    uint64_t *l1; /* in the machine's byte order */
+    uint32_t l1_entries;
+    uint32_t owner;
+    unsigned threads;
+    fq_cache *tables, *clusters;
+    bool ordered; /* some source of the chain wants its reads in order */
+    atomic_uint_fast64_t clusters_inflated, cache_hits, bytes_fetched, bytes_returned;
+};
+
+/* A stretch of the disk of one kind, in one layer, at one place of its file (a compressed run is one cluster or a part of it). */
+typedef struct fq_run {
+    fq_reader *layer;
+    uint32_t depth;
+    fq_kind kind;
+    uint64_t guest_off, nbytes;
+    uint64_t host_off;  /* of the run's first byte; of the stream, if compressed */
+    uint64_t entry;     /* compressed: the L2 entry, by which its cluster is cached */
+    uint32_t in_nbytes; /* compressed */
+    uint32_t skip;      /* compressed: bytes of the cluster before the run */
+} fq_run;
+
+/*
+ * The run at guest_off, at most nbytes long (nbytes > 0, all within the disk), looked up through the whole chain. A layer's L2 table
+ * is read into its cache if it must be. find_holes also asks plain files for their holes.
+ */
+fq_status fq_resolve(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, bool find_holes, const fq_request *request, fq_run *run,
+                     fq_error *error);
+
+static inline bool fq_run_reads_zero(const fq_run *run)
+{
+    return run->kind != FQ_DATA && run->kind != FQ_COMPRESSED;
+}
+
+/* ---- batch.c: a batch is a stretch of a job, which one thread plans, fetches, inflates and delivers */
+
+enum { FQ_BATCH_RUNS = 64 };
+
+typedef struct fq_batch {
+    uint64_t guest_off, nbytes;
+    size_t count;
+    size_t in_used; /* bytes of scratch->in that hold this batch's compressed clusters */
+    fq_run runs[FQ_BATCH_RUNS];
+    fq_block *hit[FQ_BATCH_RUNS]; /* the cached cluster of a whole compressed run, if there is one */
+    size_t in_at[FQ_BATCH_RUNS];  /* else where its bytes lie in scratch->in, ... */
+    size_t in_got[FQ_BATCH_RUNS]; /* ... and how many of them the file had */
+} fq_batch;
+
+/* Buffers that take the guest bytes from guest_off on. */
+typedef struct fq_dest {
+    const fq_iovec *iov;
+    size_t niov;
+    uint64_t guest_off;
+} fq_dest;
+
+typedef struct fq_job fq_job;
+
+/* Read from the sources: plain data into the buffers, compressed clusters into scratch->in; pin those that are cached already. */
+fq_status fq_batch_fetch(fq_job *job, fq_batch *batch, fq_scratch *scratch, const fq_dest *dest, fq_error *error);
+/* Inflate what was fetched, and fill in the zeroes. */
+fq_status fq_batch_inflate(fq_job *job, fq_batch *batch, fq_scratch *scratch, const fq_dest *dest, fq_error *error);
+/* Unpin. To be called after fetch, whatever came of it. */
+void fq_batch_release(fq_batch *batch);
+
+/* ---- reader.c: a job is a guest range that threads work off in batches */
+
+struct fq_job {
+    fq_reader *reader;
+    const fq_request *request;
+    const fq_dest *dest;   /* where the bytes go; NULL: to write() */
+    fq_status (*write)(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, fq_error *error); /* NULL: zeroes */
+    void *arg;             /* for write() */
+    uint64_t batch_nbytes; /* claim about so much at a time */
+    uint64_t end;
+
+    pthread_mutex_t lock;
+    uint64_t cursor; /* the first byte that nobody has claimed */
+    fq_error error;  /* the first one by guest offset */
+    atomic_bool stop;
+    atomic_uint_fast64_t done_nbytes;
+    uint64_t polled_at_ms;
+};
+
+void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_request *request);
+/* Work the job off with up to `threads` threads. */
+fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error);
+
+static inline void fq_count(atomic_uint_fast64_t *counter, uint64_t n)
+{
+    atomic_fetch_add_explicit(counter, n, memory_order_relaxed);
+}
+
+static inline fq_status fq_fail(fq_error *error, fq_status status, uint64_t guest_off, uint64_t host_off, uint64_t value)
+{
+    *error = (fq_error){.status = status, .guest_off = guest_off, .host_off = host_off, .value = value};
+    return status;
+}
+
+#endif

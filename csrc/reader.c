@@ -1,0 +1,323 @@
+/*
+ * reader.c - plan and share out: the one read path
+ *
+ * A request is a job. Threads claim batches of it in guest order; to claim is to plan, that is, to walk the tables for the next runs, and
+ * happens under the job's lock, since it costs next to nothing beside inflating. What a thread claims it fetches, inflates and
+ * delivers itself (batch.c); nothing is handed from thread to thread.
+ *
+ * Sources that are streams (callbacks) are fetched under the lock too, so that their reads come in file order; inflating still runs
+ * on all threads.
+ *
+ * What a file can make us allocate here: the L1 table, bounded by the caller to 32 MiB, and the caches' budgets.
+ */
+#include "internal.h"
+#include "layout.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum {
+    BATCH_NBYTES_MIN = 64 << 10,
+    BATCH_NBYTES_MAX = 1 << 20,
+    PARALLEL_DATA_NBYTES = 1 << 20, /* plain data worth a second thread */
+    POLL_EVERY_MS = 50,
+};
+
+static fq_reader *new_reader(fq_source *source, fq_reader *backing, const fq_reader_options *o, size_t block_nbytes)
+{
+    fq_reader *r = calloc(1, sizeof(*r));
+
+    if (!r)
+        return NULL;
+    r->source = source;
+    r->backing = backing;
+    r->geometry = o->geometry;
+    r->size = o->size;
+    r->threads = o->threads ? o->threads : 1;
+    r->ordered = fq_source_ordered(source) || (backing && backing->ordered);
+    r->tables = backing ? fq_cache_ref(backing->tables)
+                        : fq_cache_new(o->table_cache_nbytes, block_nbytes < (64 << 10) ? block_nbytes : 64 << 10);
+    r->clusters = backing ? fq_cache_ref(backing->clusters) : fq_cache_new(o->cluster_cache_nbytes, block_nbytes);
+    if (!r->tables || !r->clusters) {
+        fq_reader_close(r);
+        return NULL;
+    }
+    r->owner = fq_cache_new_owner(r->clusters);
+    return r;
+}
+
+fq_status fq_reader_open_raw(fq_source *source, const fq_reader_options *o, fq_reader **out, fq_error *error)
+{
+    fq_reader *r = new_reader(source, NULL, o, 64 << 10);
+
+    if (!r)
+        return fq_fail(error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
+    r->raw = true;
+    *out = r;
+    return FQ_OK;
+}
+
+fq_status fq_reader_open_qcow2(fq_source *source, fq_reader *backing, const fq_reader_options *o, const fq_request *request,
+                               fq_reader **out, fq_error *error)
+{
+    const size_t l1_nbytes = (size_t)o->l1_entries * 8;
+    fq_status status = FQ_OK;
+    fq_reader *r;
+    size_t got;
+
+    if (o->geometry.cluster_bits < 9 || o->geometry.cluster_bits > 21 || (o->geometry.extended_l2 && o->geometry.cluster_bits < 14) ||
+        o->size > INT64_MAX || (unsigned)o->geometry.codec >= FQ_CODEC_COUNT)
+        return fq_fail(error, FQ_ERR_ARGUMENT, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
+    r = new_reader(source, backing, o, (size_t)fq_cluster_size(&o->geometry));
+    if (!r || !(r->l1 = malloc(l1_nbytes ? l1_nbytes : 1))) {
+        status = fq_fail(error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
+        goto fail;
+    }
+    r->l1_entries = o->l1_entries;
+    status = fq_source_read(source, request, (uint8_t *)r->l1, l1_nbytes, o->l1_off, &got, error);
+    if (status == FQ_OK && got < l1_nbytes)
+        status = fq_fail(error, FQ_ERR_L1_EOF, FQ_NOWHERE, o->l1_off, fq_source_size(source));
+    if (status != FQ_OK)
+        goto fail;
+    fq_count(&r->bytes_fetched, got);
+    for (size_t i = 0; i < r->l1_entries; i++)
+        r->l1[i] = fq_load_be64((const uint8_t *)&r->l1[i]);
+    *out = r;
+    return FQ_OK;
+fail:
+    fq_reader_close(r);
+    return status;
+}
+
+void fq_reader_close(fq_reader *r)
+{
+    if (!r)
+        return;
+    fq_cache_unref(r->tables);
+    fq_cache_unref(r->clusters);
+    free(r->l1);
+    free(r);
+}
+
+void fq_reader_stats(const fq_reader *r, fq_stats *stats)
+{
+    *stats = (fq_stats){.bytes_returned = atomic_load(&r->bytes_returned)};
+    for (; r; r = r->backing) {
+        stats->clusters_inflated += atomic_load(&r->clusters_inflated);
+        stats->cache_hits += atomic_load(&r->cache_hits);
+        stats->bytes_fetched += atomic_load(&r->bytes_fetched);
+    }
+}
+
+/* ---- jobs */
+
+void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_request *request)
+{
+    *job = (fq_job){.reader = reader,
+                    .request = request,
+                    .batch_nbytes = BATCH_NBYTES_MAX,
+                    .cursor = guest_off,
+                    .end = guest_off + nbytes,
+                    .error = {.status = FQ_OK}};
+    pthread_mutex_init(&job->lock, NULL);
+}
+
+/*
+ * Plan the next batch. Called with the lock. Compressed clusters are not cut, all other runs are cut where the batch is full. A batch to
+ * be written is either all zeroes, and then of any length, or has none. A run that cannot be planned ends the batch before it; the next
+ * claim meets it first, and fails.
+ */
+static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
+{
+    b->count = 0;
+    b->guest_off = job->cursor;
+    b->nbytes = 0;
+    while (b->count < FQ_BATCH_RUNS && b->nbytes < job->batch_nbytes && job->cursor < job->end) {
+        fq_run *run = &b->runs[b->count];
+        const uint64_t room = job->batch_nbytes - b->nbytes;
+        fq_error at;
+        const fq_status status = fq_resolve(job->reader, job->cursor, job->end - job->cursor, job->write != NULL, job->request, run, &at);
+
+        if (status != FQ_OK) {
+            if (b->count > 0)
+                return FQ_OK;
+            *error = at;
+            return status;
+        }
+        if (job->write && b->count > 0 && fq_run_reads_zero(run) != fq_run_reads_zero(&b->runs[0]))
+            return FQ_OK;
+        if (run->nbytes > room && run->kind != FQ_COMPRESSED && !(job->write && fq_run_reads_zero(run)))
+            run->nbytes = room;
+        b->count++;
+        b->nbytes += run->nbytes;
+        job->cursor += run->nbytes;
+    }
+    return FQ_OK;
+}
+
+static void fail_job(fq_job *job, const fq_error *error)
+{
+    pthread_mutex_lock(&job->lock);
+    if (job->error.status == FQ_OK || error->guest_off < job->error.guest_off)
+        job->error = *error;
+    pthread_mutex_unlock(&job->lock);
+    atomic_store(&job->stop, true);
+}
+
+static uint64_t now_ms(void)
+{
+    struct timespec t;
+
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
+}
+
+static void poll_caller(fq_job *job)
+{
+    const uint64_t now = now_ms();
+
+    if (job->polled_at_ms == 0)
+        job->polled_at_ms = now;
+    if (now - job->polled_at_ms < POLL_EVERY_MS)
+        return;
+    job->polled_at_ms = now;
+    if (job->request->poll(job->request->user, atomic_load(&job->done_nbytes))) {
+        const fq_error stopped = {.status = FQ_ERR_CANCELLED, .guest_off = FQ_NOWHERE, .host_off = FQ_NOWHERE, .value = FQ_NOWHERE};
+
+        fail_job(job, &stopped);
+    }
+}
+
+/* Claim a batch and do it. Returns false when there is nothing left to claim. */
+static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
+{
+    fq_iovec buffer = {0};
+    fq_dest own = {&buffer, 1, 0};
+    const fq_dest *dest = job->dest ? job->dest : &own;
+    bool locked = true, zeroes;
+    fq_error error;
+    fq_status status;
+
+    pthread_mutex_lock(&job->lock);
+    status = plan(job, b, &error);
+    if (b->count == 0) {
+        job->cursor = job->end; /* after an error: nobody else needs to meet it */
+        pthread_mutex_unlock(&job->lock);
+        if (status != FQ_OK)
+            fail_job(job, &error);
+        return false;
+    }
+    if (!job->reader->ordered) {
+        pthread_mutex_unlock(&job->lock);
+        locked = false;
+    }
+    zeroes = job->write && fq_run_reads_zero(&b->runs[0]);
+    if (!zeroes) {
+        if (!job->dest) {
+            if (fq_scratch_grow(&scratch->gather, &scratch->gather_capacity, (size_t)b->nbytes)) {
+                buffer = (fq_iovec){scratch->gather, (size_t)b->nbytes, 0};
+                own.guest_off = b->guest_off;
+            } else {
+                status = fq_fail(&error, FQ_ERR_NOMEM, b->guest_off, FQ_NOWHERE, FQ_NOWHERE);
+            }
+        }
+        if (status == FQ_OK) {
+            status = fq_batch_fetch(job, b, scratch, dest, &error);
+            if (locked) {
+                pthread_mutex_unlock(&job->lock);
+                locked = false;
+            }
+            if (status == FQ_OK)
+                status = fq_batch_inflate(job, b, scratch, dest, &error);
+            fq_batch_release(b);
+        }
+    }
+    if (locked)
+        pthread_mutex_unlock(&job->lock);
+    if (status == FQ_OK && job->write)
+        status = job->write(job, b->guest_off, zeroes ? NULL : buffer.base, b->nbytes, &error);
+    if (status != FQ_OK)
+        fail_job(job, &error);
+    atomic_fetch_add(&job->done_nbytes, b->nbytes);
+    return true;
+}
+
+static void work(void *arg, bool is_caller)
+{
+    fq_job *job = arg;
+    fq_scratch *scratch = fq_scratch_get();
+    fq_batch b;
+
+    if (!scratch) {
+        const fq_error error = {.status = FQ_ERR_NOMEM, .guest_off = FQ_NOWHERE, .host_off = FQ_NOWHERE, .value = FQ_NOWHERE};
+
+        fail_job(job, &error);
+        return;
+    }
+    while (!atomic_load(&job->stop) && work_once(job, scratch, &b))
+        if (is_caller && job->request && job->request->poll)
+            poll_caller(job);
+    fq_scratch_put(scratch);
+}
+
+fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error)
+{
+    fq_pool_run(threads > 1 ? threads - 1 : 0, work, job);
+    pthread_mutex_destroy(&job->lock);
+    if (job->error.status != FQ_OK)
+        *error = job->error;
+    return job->error.status;
+}
+
+/* ---- scattered reads */
+
+/*
+ * Is there work for more than one thread? Two compressed clusters are, plain data of a certain size is, zeroes are not. Looks at a few
+ * runs only, through tables that the read itself needs next; whatever goes wrong here goes wrong again there, and is reported there.
+ */
+static bool worth_threads(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_request *request)
+{
+    uint64_t data = 0;
+    int compressed = 0;
+
+    for (int i = 0; i < FQ_BATCH_RUNS && nbytes > 0; i++) {
+        fq_error ignored;
+        fq_run run;
+
+        if (fq_resolve(r, guest_off, nbytes, false, request, &run, &ignored) != FQ_OK)
+            return false;
+        compressed += run.kind == FQ_COMPRESSED;
+        data += run.kind == FQ_DATA ? run.nbytes : 0;
+        if (compressed >= 2 || data >= PARALLEL_DATA_NBYTES)
+            return true;
+        guest_off += run.nbytes;
+        nbytes -= run.nbytes;
+    }
+    return nbytes >= PARALLEL_DATA_NBYTES;
+}
+
+fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint64_t guest_off, const fq_request *request, fq_error *error)
+{
+    const uint64_t nbytes = niov ? iov[niov - 1].start + iov[niov - 1].nbytes : 0;
+    const fq_dest dest = {iov, niov, guest_off};
+    unsigned threads = r->threads;
+    fq_status status;
+    fq_job job;
+
+    if (guest_off > r->size || nbytes > r->size - guest_off)
+        return fq_fail(error, FQ_ERR_ARGUMENT, guest_off, FQ_NOWHERE, nbytes);
+    if (nbytes == 0)
+        return FQ_OK;
+    fq_job_init(&job, r, guest_off, nbytes, request);
+    job.dest = &dest;
+    if (threads > 1 && (nbytes <= BATCH_NBYTES_MIN || !worth_threads(r, guest_off, nbytes, request)))
+        threads = 1;
+    /* Four batches a thread even out what one cluster costs more than another. */
+    if (threads > 1 && nbytes / threads / 4 < job.batch_nbytes)
+        job.batch_nbytes = nbytes / threads / 4 > BATCH_NBYTES_MIN ? nbytes / threads / 4 : BATCH_NBYTES_MIN;
+    status = fq_job_run(&job, threads, error);
+    if (status == FQ_OK)
+        fq_count(&r->bytes_returned, nbytes);
+    return status;
+}

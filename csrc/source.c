@@ -1,0 +1,125 @@
+/*
+ * source.c - where bytes come from: a descriptor, or a callback
+ *
+ * Always pread, never mmap: a file that is cut while it is being read must end in an error, and a mapping would end in SIGBUS. All
+ * reads are by position, so one descriptor serves every thread.
+ */
+#include "internal.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+struct fq_source {
+    int fd; /* -1: a callback */
+    bool seek_holes;
+    fq_read_fn read;
+    void *opaque;
+    uint64_t nbytes; /* of a callback */
+};
+
+fq_source *fq_source_fd(int fd, bool seek_holes)
+{
+    fq_source *s = calloc(1, sizeof(*s));
+
+    if (s) {
+        s->fd = fd;
+        s->seek_holes = seek_holes;
+    }
+    return s;
+}
+
+fq_source *fq_source_callback(fq_read_fn read, void *opaque, uint64_t nbytes)
+{
+    fq_source *s = calloc(1, sizeof(*s));
+
+    if (s) {
+        s->fd = -1;
+        s->read = read;
+        s->opaque = opaque;
+        s->nbytes = nbytes;
+    }
+    return s;
+}
+
+void fq_source_free(fq_source *s)
+{
+    free(s);
+}
+
+bool fq_source_ordered(const fq_source *s)
+{
+    return s->fd < 0;
+}
+
+/* A block device has no st_size; seeking to its end tells, and moves a position that nobody uses. */
+uint64_t fq_source_size(const fq_source *s)
+{
+    struct stat st;
+    off_t end;
+
+    if (s->fd < 0)
+        return s->nbytes;
+    if (fstat(s->fd, &st) == 0 && S_ISREG(st.st_mode))
+        return (uint64_t)st.st_size;
+    end = lseek(s->fd, 0, SEEK_END);
+    return end > 0 ? (uint64_t)end : 0;
+}
+
+fq_status fq_source_read(fq_source *s, const fq_request *request, uint8_t *buf, size_t nbytes, uint64_t host_off, size_t *got,
+                         fq_error *error)
+{
+    *got = 0;
+    while (*got < nbytes) {
+        const uint64_t at = host_off + *got;
+        const size_t want = nbytes - *got < (1u << 30) ? nbytes - *got : 1u << 30;
+        ptrdiff_t n;
+
+        if (at > INT64_MAX - want) /* no file reaches that far */
+            return FQ_OK;
+        if (s->fd < 0) {
+            n = s->read(s->opaque, request ? request->user : NULL, buf + *got, want, at);
+            if (n < 0 || (size_t)n > want)
+                return fq_fail(error, FQ_ERR_SOURCE, FQ_NOWHERE, at, FQ_NOWHERE);
+        } else {
+            n = pread(s->fd, buf + *got, want, (off_t)at);
+            if (n < 0 && errno == EINTR)
+                continue;
+            if (n < 0) {
+                fq_fail(error, FQ_ERR_READ, FQ_NOWHERE, at, FQ_NOWHERE);
+                error->sys_errno = errno;
+                return FQ_ERR_READ;
+            }
+        }
+        if (n == 0)
+            return FQ_OK;
+        *got += (size_t)n;
+    }
+    return FQ_OK;
+}
+
+uint64_t fq_source_run(const fq_source *s, uint64_t host_off, uint64_t nbytes, bool *hole)
+{
+    *hole = false;
+#ifdef SEEK_DATA
+    if (s->fd >= 0 && s->seek_holes && host_off <= INT64_MAX - nbytes) {
+        const off_t data = lseek(s->fd, (off_t)host_off, SEEK_DATA);
+        off_t end = -1;
+
+        if (data < 0) {
+            *hole = errno == ENXIO; /* no data up to the end */
+            return nbytes;
+        }
+        if ((uint64_t)data > host_off) {
+            *hole = true;
+            end = data;
+        } else {
+            end = lseek(s->fd, (off_t)host_off, SEEK_HOLE);
+        }
+        if (end > (off_t)host_off && (uint64_t)end - host_off < nbytes)
+            return (uint64_t)end - host_off;
+    }
+#endif
+    return nbytes;
+}

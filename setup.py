@@ -1,0 +1,70 @@
+"""The extension modules; everything else about the package stands in pyproject.toml.
+
+Each module is compiled together with the files of the C core that it uses, so a module is one file that can be loaded anywhere. Libraries
+are found by pkg-config alone: it knows where a distribution, Homebrew or a wheel builder has put them.
+"""
+
+import os
+import subprocess
+import sys
+
+from Cython.Build import cythonize
+from setuptools import Extension, setup
+
+PACKAGES = """\
+  Debian, Ubuntu:  apt-get install gcc pkg-config zlib1g-dev libzstd-dev libdeflate-dev
+  Fedora, RHEL:    dnf install gcc pkgconf zlib-devel libzstd-devel libdeflate-devel
+  Alpine:          apk add gcc musl-dev pkgconf zlib-dev zstd-dev libdeflate-dev
+  macOS:           brew install pkgconf zlib zstd libdeflate
+"""
+
+
+def pkg_config(*arguments: str) -> list[str] | None:
+    """What pkg-config says, or None where it says that a library is not there."""
+    try:
+        done = subprocess.run([os.environ.get("PKG_CONFIG", "pkg-config"), *arguments], capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        sys.exit(f"fastqcow: pkg-config is needed to find the compression libraries, and is not installed. Install:\n{PACKAGES}")
+    return done.stdout.split() if done.returncode == 0 else None
+
+
+def libraries() -> list[str]:
+    """The pkg-config names to build with. FASTQCOW_LIBDEFLATE=no leaves libdeflate out, =yes fails without it."""
+    missing = [name for name in ("zlib", "libzstd") if pkg_config("--exists", name) is None]
+    wish = os.environ.get("FASTQCOW_LIBDEFLATE", "auto")
+    if wish not in ("auto", "yes", "no"):
+        sys.exit(f"fastqcow: FASTQCOW_LIBDEFLATE is {wish!r}; it can be auto, yes or no")
+    has_libdeflate = wish != "no" and pkg_config("--exists", "libdeflate") is not None
+    if wish == "yes" and not has_libdeflate:
+        missing.append("libdeflate")
+    if missing:
+        sys.exit(f"fastqcow: pkg-config does not find {' and '.join(missing)}. Install the headers:\n{PACKAGES}")
+    return ["zlib", "libzstd"] + ["libdeflate"] * has_libdeflate
+
+
+def extensions() -> list[Extension]:
+    names = libraries()
+    include = [f[2:] for f in pkg_config("--cflags-only-I", *names) or []]
+    link = pkg_config("--libs", *names) or []
+    macros: list[tuple[str, str | None]] = [("FQ_HAVE_LIBDEFLATE", "1")] if "libdeflate" in names else []
+
+    def extension(name: str, core: list[str]) -> Extension:
+        return Extension(
+            f"fastqcow.{name}",
+            sources=[f"src/fastqcow/{name}.pyx", *(f"csrc/{c}.c" for c in core)],
+            depends=["csrc/fastqcow.h", "csrc/internal.h", "csrc/layout.h"],
+            include_dirs=["csrc", *include],
+            define_macros=macros,
+            extra_compile_args=["-std=c11", "-pthread", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter"],
+            extra_link_args=[*link, "-pthread"],
+        )
+
+    return [
+        extension("_l2", ["layout", "status"]),
+        extension("_inflate", ["inflate", "scratch", "status"]),
+        extension("_reader", ["batch", "cache", "export", "inflate", "l2", "pool", "reader", "scratch", "source", "status"]),
+    ]
+
+
+if __name__ == "__main__":
+    setup(ext_modules=cythonize(extensions(), build_dir="build/cython", language_level=3))

@@ -1,0 +1,36 @@
+"""fastqcow: read qcow2 disk images, above all compressed ones, fast and right.
+
+>>> import fastqcow
+>>> with fastqcow.open("disk.qcow2") as image:
+...     boot_sector = image.pread(512, 0)
+"""
+
+from fastqcow.clusters import Engines, L2Table, build_info, inflate, inflate_into, parse_l2
+from fastqcow.conversion import Conversion, convert
+from fastqcow.errors import Error, FormatError, PasswordError, PolicyError, UnsupportedError
+from fastqcow.header import Header
+from fastqcow.image import Extent, Image, open  # noqa: A004 - that is its name: fastqcow.open
+from fastqcow.describe import info
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Conversion",
+    "Engines",
+    "Error",
+    "Extent",
+    "FormatError",
+    "Header",
+    "Image",
+    "L2Table",
+    "PasswordError",
+    "PolicyError",
+    "UnsupportedError",
+    "build_info",
+    "convert",
+    "inflate",
+    "inflate_into",
+    "info",
+    "open",
+    "parse_l2",
+]

@@ -1,0 +1,124 @@
+# The declarations of csrc/fastqcow.h, where everything is documented. The contract of this boundary:
+#
+# * Everything here is called without the GIL, but for the *_new, *_free and *_close functions, which do not block.
+# * A callback given to the core (fq_read_fn, poll) takes the GIL itself, raises nothing, and leaves its exception in the object that
+#   fq_request.user points to.
+# * Pointers given to the core stay valid until the call returns; sources and backing readers until the reader is closed. The objects
+#   of _reader.pyx hold references to see to that.
+
+from libc.stddef cimport ptrdiff_t
+from libc.stdint cimport uint8_t, uint32_t, uint64_t
+
+
+cdef extern from "fastqcow.h" nogil:
+    ctypedef enum fq_status:
+        FQ_OK
+        FQ_ERR_NOMEM
+        FQ_ERR_ARGUMENT
+        FQ_ERR_READ
+        FQ_ERR_WRITE
+        FQ_ERR_SOURCE
+        FQ_ERR_CANCELLED
+        FQ_STATUS_COUNT
+
+    const char *fq_status_sentence(fq_status status)
+
+    const uint64_t FQ_NOWHERE
+
+    ctypedef struct fq_error:
+        fq_status status
+        int sys_errno
+        uint32_t depth
+        uint64_t guest_off
+        uint64_t host_off
+        uint64_t value
+
+    ctypedef enum fq_codec:
+        FQ_CODEC_DEFLATE
+        FQ_CODEC_DEFLATE_LIBZ
+        FQ_CODEC_ZSTD
+
+    fq_status fq_inflate(fq_codec codec, const uint8_t *in_, size_t in_nbytes, uint8_t *out, size_t out_nbytes)
+    const char *fq_version_libdeflate()
+    const char *fq_version_libz()
+    const char *fq_version_libzstd()
+
+    ctypedef enum fq_kind:
+        FQ_UNALLOCATED
+        FQ_UNALLOCATED_ALLOC
+        FQ_ZERO
+        FQ_ZERO_ALLOC
+        FQ_DATA
+        FQ_COMPRESSED
+        FQ_KIND_COUNT
+
+    ctypedef struct fq_geometry:
+        uint32_t version
+        uint32_t cluster_bits
+        bint extended_l2
+        fq_codec codec
+
+    void fq_l2_parse(const fq_geometry *geometry, const uint8_t *table, size_t entries, uint8_t *kind, uint64_t *host_off,
+                     uint32_t *in_nbytes)
+
+    ctypedef struct fq_request:
+        void *user
+        int (*poll)(void *user, uint64_t done_nbytes) noexcept
+
+    ctypedef struct fq_source
+    ctypedef ptrdiff_t (*fq_read_fn)(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept
+    fq_source *fq_source_fd(int fd, bint seek_holes)
+    fq_source *fq_source_callback(fq_read_fn read, void *opaque, uint64_t nbytes)
+    void fq_source_free(fq_source *source)
+    fq_status fq_source_read(fq_source *source, const fq_request *request, uint8_t *buf, size_t nbytes, uint64_t host_off, size_t *got,
+                             fq_error *error)
+    uint64_t fq_source_size(const fq_source *source)
+
+    ctypedef struct fq_reader
+
+    ctypedef struct fq_iovec:
+        uint8_t *base
+        size_t nbytes
+        uint64_t start
+
+    ctypedef struct fq_reader_options:
+        fq_geometry geometry
+        uint64_t size
+        uint64_t l1_off
+        uint32_t l1_entries
+        size_t cluster_cache_nbytes
+        size_t table_cache_nbytes
+        unsigned threads
+
+    fq_status fq_reader_open_qcow2(fq_source *source, fq_reader *backing, const fq_reader_options *options, const fq_request *request,
+                                   fq_reader **out, fq_error *error)
+    fq_status fq_reader_open_raw(fq_source *source, const fq_reader_options *options, fq_reader **out, fq_error *error)
+    void fq_reader_close(fq_reader *reader)
+    fq_status fq_reader_preadv(fq_reader *reader, const fq_iovec *iov, size_t niov, uint64_t guest_off, const fq_request *request,
+                               fq_error *error)
+
+    ctypedef struct fq_extent:
+        uint64_t guest_off
+        uint64_t nbytes
+        uint64_t host_off
+        uint32_t depth
+        fq_kind kind
+
+    fq_status fq_reader_map(fq_reader *reader, uint64_t guest_off, uint64_t end, fq_extent *extents, size_t capacity, size_t *count,
+                            const fq_request *request, fq_error *error)
+
+    ctypedef struct fq_stats:
+        uint64_t clusters_inflated
+        uint64_t cache_hits
+        uint64_t bytes_fetched
+        uint64_t bytes_returned
+
+    void fq_reader_stats(const fq_reader *reader, fq_stats *stats)
+
+    ctypedef struct fq_target:
+        int fd
+        uint64_t grain
+        bint reads_zero
+
+    fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
+                        const fq_request *request, fq_error *error)

@@ -1,0 +1,9 @@
+from fastqcow._types import Readable, Writable
+
+DEFLATE: int
+DEFLATE_LIBZ: int
+ZSTD: int
+
+def inflate(data: Readable, out_nbytes: int, codec: int) -> bytes: ...
+def inflate_into(data: Readable, out: Writable, codec: int) -> int: ...
+def versions() -> dict[str, str | None]: ...

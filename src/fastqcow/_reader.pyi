@@ -1,0 +1,59 @@
+from collections.abc import Callable, Sequence
+from typing import TypedDict
+
+from fastqcow._types import BinaryFile, Writable
+
+UNALLOCATED: int
+UNALLOCATED_ALLOC: int
+ZERO: int
+ZERO_ALLOC: int
+DATA: int
+COMPRESSED: int
+
+class Stats(TypedDict):
+    clusters_inflated: int
+    cache_hits: int
+    bytes_fetched: int
+    bytes_returned: int
+
+class Source:
+    @property
+    def path(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @staticmethod
+    def from_fd(fd: int, path: str, seek_holes: bool) -> Source: ...
+    @staticmethod
+    def from_file(file: BinaryFile, path: str) -> Source: ...
+    def pread(self, nbytes: int, host_off: int) -> bytes: ...
+
+class Reader:
+    @property
+    def source(self) -> Source: ...
+    @property
+    def backing(self) -> Reader | None: ...
+    @property
+    def size(self) -> int: ...
+    @staticmethod
+    def raw(source: Source, *, threads: int, cluster_cache_nbytes: int, table_cache_nbytes: int) -> Reader: ...
+    @staticmethod
+    def qcow2(
+        source: Source,
+        backing: Reader | None,
+        *,
+        version: int,
+        cluster_bits: int,
+        extended_l2: bool,
+        codec: int,
+        size: int,
+        l1_off: int,
+        l1_entries: int,
+        threads: int,
+        cluster_cache_nbytes: int,
+        table_cache_nbytes: int,
+    ) -> Reader: ...
+    def pread(self, nbytes: int, guest_off: int) -> bytes: ...
+    def preadv(self, buffers: Sequence[Writable], guest_off: int) -> int: ...
+    def extents(self, guest_off: int, end: int, capacity: int) -> list[tuple[int, int, int | None, int, int]]: ...
+    def export(self, fd: int, grain: int, reads_zero: bool, progress: Callable[[int], object] | None) -> int: ...
+    def stats(self) -> Stats: ...

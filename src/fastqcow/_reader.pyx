@@ -1,0 +1,371 @@
+# cython: freethreading_compatible = True
+"""Sources and readers of the core as Python objects.
+
+This floor checks arguments, takes buffers, lets go of the GIL and turns a status into an exception. What it holds on to keeps memory
+safe: a Reader holds its source and its backing reader, and a call holds the Reader, so closing an image while another thread reads from
+it lets that read finish; the last one out frees.
+"""
+
+import os
+import threading
+
+from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stddef cimport ptrdiff_t
+from libc.stdlib cimport calloc, free
+from libc.string cimport memcpy, memset
+
+from fastqcow cimport _core
+from fastqcow._core cimport (
+    fq_error,
+    fq_extent,
+    fq_iovec,
+    fq_reader,
+    fq_reader_options,
+    fq_request,
+    fq_source,
+    fq_stats,
+    fq_status,
+    fq_target,
+    uint8_t,
+    uint32_t,
+    uint64_t,
+)
+
+from fastqcow import errors
+
+UNALLOCATED = <int>_core.FQ_UNALLOCATED
+UNALLOCATED_ALLOC = <int>_core.FQ_UNALLOCATED_ALLOC
+ZERO = <int>_core.FQ_ZERO
+ZERO_ALLOC = <int>_core.FQ_ZERO_ALLOC
+DATA = <int>_core.FQ_DATA
+COMPRESSED = <int>_core.FQ_COMPRESSED
+
+cdef enum:
+    # Reads from here on look after signals and so can be interrupted; smaller ones take less than a tenth of a second.
+    INTERRUPTIBLE_NBYTES = 16 << 20
+
+
+cdef class Request:
+    """One call of the core: what to poll for, and what a callback raised."""
+
+    cdef fq_request c
+    cdef object exception
+    cdef object progress
+
+    def __cinit__(self, progress=None):
+        self.progress = progress
+        self.c.user = <void *>self
+        self.c.poll = poll
+
+
+cdef int poll(void *user, uint64_t done_nbytes) noexcept with gil:
+    request = <Request>user
+    try:
+        PyErr_CheckSignals()
+        if request.progress is not None:
+            request.progress(done_nbytes)
+    except BaseException as e:
+        request.exception = e
+        return 1
+    return 0
+
+
+cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept with gil:
+    source = <Source>opaque
+    try:
+        return source.read_file(buf, nbytes, host_off)
+    except BaseException as e:
+        if user != NULL:
+            (<Request>user).exception = e
+        return -1
+
+
+cdef int check(fq_status status, const fq_error *error, Request request, list paths) except -1:
+    """Raise what a status stands for. `paths` names the layers of the chain by depth."""
+    if status == _core.FQ_OK:
+        return 0
+    if request is not None and request.exception is not None and status in (_core.FQ_ERR_SOURCE, _core.FQ_ERR_CANCELLED):
+        # The request's object stays with its caller's frame, which the traceback holds: do not close the circle.
+        exception, request.exception = request.exception, None
+        raise exception
+    if status == _core.FQ_ERR_READ or status == _core.FQ_ERR_WRITE:
+        name = "os"
+    elif status == _core.FQ_ERR_NOMEM:
+        name = "memory"
+    elif status == _core.FQ_ERR_ARGUMENT:
+        name = "argument"
+    else:
+        name = "format"
+    raise errors.from_core(
+        name,
+        _core.fq_status_sentence(status).decode(),
+        sys_errno=error.sys_errno,
+        path=None if status == _core.FQ_ERR_WRITE else paths[error.depth],
+        guest_off=place(error.guest_off),
+        host_off=place(error.host_off),
+        value=place(error.value),
+    )
+
+
+cdef object place(uint64_t number):
+    return None if number == _core.FQ_NOWHERE else number
+
+
+cdef class Source:
+    """A file that bytes come from: a descriptor that this object owns, or an open Python file.
+
+    A file object is used under a lock, one seek and one read at a time, and its position is left wherever that ends.
+    """
+
+    cdef fq_source *c
+    cdef int fd
+    cdef object file
+    cdef object lock
+    cdef readonly str path
+
+    def __cinit__(self):
+        self.fd = -1
+
+    def __dealloc__(self):
+        _core.fq_source_free(self.c)
+        if self.fd >= 0:
+            os.close(self.fd)
+
+    @staticmethod
+    def from_fd(int fd, str path, bint seek_holes):
+        """Takes the descriptor over, and closes it with the object. seek_holes: its position is nobody else's."""
+        cdef Source self = Source.__new__(Source)
+        self.fd = fd
+        self.path = path
+        self.c = _core.fq_source_fd(fd, seek_holes)
+        if self.c == NULL:
+            raise MemoryError
+        return self
+
+    @staticmethod
+    def from_file(file, str path):
+        cdef Source self = Source.__new__(Source)
+        self.file = file
+        self.path = path
+        self.lock = threading.Lock()
+        self.c = _core.fq_source_callback(read_file, <void *>self, file.seek(0, os.SEEK_END))
+        if self.c == NULL:
+            raise MemoryError
+        return self
+
+    cdef ptrdiff_t read_file(self, uint8_t *buf, size_t nbytes, uint64_t host_off) except -1:
+        # read() and a copy rather than readinto(): a file that kept the buffer it is given would keep memory of ours.
+        with self.lock:
+            self.file.seek(host_off)
+            data = self.file.read(nbytes)
+        if not isinstance(data, bytes):
+            raise TypeError(f"{type(self.file).__name__}.read() returned {type(data).__name__}, not bytes")
+        if <size_t>len(data) > nbytes:
+            raise ValueError(f"{type(self.file).__name__}.read() returned {len(data)} bytes where {nbytes} were asked for")
+        memcpy(buf, PyBytes_AS_STRING(data), len(data))
+        return len(data)
+
+    @property
+    def size(self):
+        """Bytes of the file, as it is now."""
+        return _core.fq_source_size(self.c)
+
+    def pread(self, size_t nbytes, uint64_t host_off):
+        """Bytes of the file; short only at its end."""
+        cdef size_t got
+        cdef fq_error error
+        cdef fq_status status
+        cdef Request request = Request()
+        data = PyBytes_FromStringAndSize(NULL, nbytes)
+        cdef uint8_t *buf = <uint8_t *>PyBytes_AS_STRING(data)
+
+        with nogil:
+            status = _core.fq_source_read(self.c, &request.c, buf, nbytes, host_off, &got, &error)
+        check(status, &error, request, [self.path])
+        return data if got == nbytes else data[:got]
+
+
+cdef class Reader:
+    """One layer of an image, with those below it: guest bytes by position."""
+
+    cdef fq_reader *c
+    cdef readonly Source source
+    cdef readonly Reader backing
+    cdef readonly uint64_t size
+    cdef list paths
+    cdef bint calls_python
+
+    def __dealloc__(self):
+        _core.fq_reader_close(self.c)
+
+    @staticmethod
+    cdef Reader create(Source source, Reader backing, uint64_t size):
+        cdef Reader self = Reader.__new__(Reader)
+        self.source = source
+        self.backing = backing
+        self.size = size
+        self.paths = [source.path] + (backing.paths if backing is not None else [])
+        self.calls_python = source.file is not None or (backing is not None and backing.calls_python)
+        return self
+
+    @staticmethod
+    def raw(Source source, *, unsigned threads, size_t cluster_cache_nbytes, size_t table_cache_nbytes):
+        cdef Reader self = Reader.create(source, None, source.size)
+        cdef fq_reader_options options
+        cdef fq_error error
+
+        memset(&options, 0, sizeof(options))
+        options.size = self.size
+        options.threads = threads
+        options.cluster_cache_nbytes = cluster_cache_nbytes
+        options.table_cache_nbytes = table_cache_nbytes
+        check(_core.fq_reader_open_raw(source.c, &options, &self.c, &error), &error, None, self.paths)
+        return self
+
+    @staticmethod
+    def qcow2(
+        Source source,
+        Reader backing,
+        *,
+        uint32_t version,
+        uint32_t cluster_bits,
+        bint extended_l2,
+        int codec,
+        uint64_t size,
+        uint64_t l1_off,
+        uint32_t l1_entries,
+        unsigned threads,
+        size_t cluster_cache_nbytes,
+        size_t table_cache_nbytes,
+    ):
+        cdef Reader self = Reader.create(source, backing, size)
+        cdef Request request = Request()
+        cdef fq_reader *below = backing.c if backing is not None else NULL
+        cdef fq_reader_options options
+        cdef fq_error error
+        cdef fq_status status
+
+        memset(&options, 0, sizeof(options))
+        options.geometry.version = version
+        options.geometry.cluster_bits = cluster_bits
+        options.geometry.extended_l2 = extended_l2
+        options.geometry.codec = <_core.fq_codec>codec
+        options.size = size
+        options.l1_off = l1_off
+        options.l1_entries = l1_entries
+        options.threads = threads
+        options.cluster_cache_nbytes = cluster_cache_nbytes
+        options.table_cache_nbytes = table_cache_nbytes
+        with nogil:
+            status = _core.fq_reader_open_qcow2(source.c, below, &options, &request.c, &self.c, &error)
+        check(status, &error, request, self.paths)
+        return self
+
+    cdef int read(self, const fq_iovec *iov, size_t niov, uint64_t guest_off, size_t nbytes) except -1:
+        """The read itself. A small one that cannot call Python back does without a request."""
+        cdef Request request = None
+        cdef fq_request *c = NULL
+        cdef fq_status status
+        cdef fq_error error
+
+        if self.calls_python or nbytes >= INTERRUPTIBLE_NBYTES:
+            request = Request()
+            c = &request.c
+        with nogil:
+            status = _core.fq_reader_preadv(self.c, iov, niov, guest_off, c, &error)
+        return check(status, &error, request, self.paths) if status != _core.FQ_OK else 0
+
+    def pread(self, Py_ssize_t nbytes, guest_off):
+        """Up to nbytes at guest_off as bytes; short only at the end of the disk."""
+        cdef uint64_t off = check_offset(guest_off)
+        cdef fq_iovec iov
+
+        if nbytes < 0:
+            raise ValueError(f"the number of bytes to read is {nbytes}; it cannot be negative")
+        if off >= self.size:
+            return b""
+        if <uint64_t>nbytes > self.size - off:
+            nbytes = self.size - off
+        data = PyBytes_FromStringAndSize(NULL, nbytes)
+        iov.base = <uint8_t *>PyBytes_AS_STRING(data)
+        iov.nbytes = nbytes
+        iov.start = 0
+        self.read(&iov, 1, off, nbytes)
+        return data
+
+    def preadv(self, buffers, guest_off):
+        """Fill the writable buffers in turn from guest_off on; returns the count, short only at the end of the disk."""
+        cdef uint64_t off = check_offset(guest_off), room = self.size - off if off < self.size else 0
+        cdef size_t count = len(buffers), taken = 0, start = 0
+        cdef fq_iovec *iov = <fq_iovec *>calloc(count + 1, sizeof(fq_iovec))
+        cdef Py_buffer *views = <Py_buffer *>calloc(count + 1, sizeof(Py_buffer))
+
+        try:
+            if iov == NULL or views == NULL:
+                raise MemoryError
+            for i in range(count):
+                PyObject_GetBuffer(buffers[i], &views[i], PyBUF_WRITABLE)
+                taken += 1
+                iov[i].base = <uint8_t *>views[i].buf
+                iov[i].nbytes = min(<uint64_t>views[i].len, room - start)
+                iov[i].start = start
+                start += iov[i].nbytes
+            if start:
+                self.read(iov, count, off, start)
+        finally:
+            for i in range(taken):
+                PyBuffer_Release(&views[i])
+            free(views)
+            free(iov)
+        return start
+
+    def extents(self, uint64_t guest_off, uint64_t end, size_t capacity):
+        """Up to `capacity` extents as (guest_off, nbytes, host_off or None, depth, kind)."""
+        cdef fq_extent *found = <fq_extent *>calloc(capacity + 1, sizeof(fq_extent))
+        cdef Request request = Request()
+        cdef fq_error error
+        cdef fq_status status
+        cdef size_t count
+
+        if found == NULL:
+            raise MemoryError
+        try:
+            with nogil:
+                status = _core.fq_reader_map(self.c, guest_off, end, found, capacity, &count, &request.c, &error)
+            check(status, &error, request, self.paths)
+            return [
+                (found[i].guest_off, found[i].nbytes, place(found[i].host_off), found[i].depth, <int>found[i].kind)
+                for i in range(count)
+            ]
+        finally:
+            free(found)
+
+    def export(self, int fd, uint64_t grain, bint reads_zero, progress):
+        """Write the whole disk to a descriptor, by position. Returns the bytes written as data; progress is called with those done."""
+        cdef Request request = Request(progress)
+        cdef fq_target target
+        cdef uint64_t written
+        cdef fq_error error
+        cdef fq_status status
+
+        target.fd = fd
+        target.grain = grain
+        target.reads_zero = reads_zero
+        with nogil:
+            status = _core.fq_export(self.c, 0, self.size, &target, &written, &request.c, &error)
+        check(status, &error, request, self.paths)
+        return written
+
+    def stats(self):
+        cdef fq_stats stats
+
+        _core.fq_reader_stats(self.c, &stats)
+        return stats
+
+
+cdef uint64_t check_offset(guest_off) except? 0xffffffffffffffff:
+    if guest_off < 0:
+        raise ValueError(f"the offset is {guest_off}; it cannot be negative")
+    return min(guest_off, 0x7fffffffffffffff)

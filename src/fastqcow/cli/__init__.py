@@ -1,0 +1,74 @@
+"""The command `fastqcow`: qemu-img's letters, JSON and exit codes.
+
+A command's file has `add(subparsers)` and `run(arguments)`. Whatever goes wrong ends in one line on standard error: exit code 1 as of
+qemu-img, 130 after Ctrl-C and 143 after SIGTERM as of a shell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+__all__ = ["main"]
+
+
+class _Parser(argparse.ArgumentParser):
+    """qemu-img exits with 1 on a bad argument, argparse with 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(1, f"{self.prog}: {message}; try '{self.prog} --help'\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    from fastqcow import __version__
+    from fastqcow.cli import convert, info, map
+
+    parser = _Parser(
+        prog="fastqcow",
+        description="Read qcow2 disk images, above all compressed ones, fast and right.",
+        epilog="example: fastqcow convert -p disk.qcow2 disk.raw",
+    )
+    parser.add_argument("--version", action="version", version=f"fastqcow {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in (info, map, convert):
+        command.add(commands)
+    return parser
+
+
+def _stop(signum: int, frame: object) -> NoReturn:
+    raise SystemExit(128 + signum)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit code."""
+    from fastqcow.errors import Error
+
+    arguments = _parser().parse_args(argv)
+    before = signal.signal(signal.SIGTERM, _stop)
+    try:
+        code: int = arguments.run(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except BrokenPipeError:
+        # Whoever read our output has gone; there is nobody to tell. Python would complain again when it closes standard output.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as e:
+        return _complain(f"{os.fsdecode(e.filename)}: {e.strerror}" if e.filename else str(e), 1)
+    except (Error, ValueError) as e:
+        return _complain(str(e), 1)
+    except MemoryError:
+        return _complain("not enough memory", 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _complain(message: str, code: int) -> int:
+    print(f"fastqcow: {message}", file=sys.stderr)
+    return code

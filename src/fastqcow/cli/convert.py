@@ -1,0 +1,74 @@
+"""`fastqcow convert`: an image to a raw file."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of, size_argument
+from fastqcow.conversion import SPARSE_SIZE, convert
+from fastqcow.image import open as open_image
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="write an image to a raw file or a block device",
+        description="Write the contents of an image to a raw file or a block device, on all cores. A file appears under its name when it is "
+        "complete; a block device is written in place.",
+        epilog="example: fastqcow convert -p disk.qcow2 disk.raw",
+    )
+    add_image(parser)
+    parser.add_argument("target", metavar="OUTPUT", help="the file or block device to write")
+    add_backing(parser)
+    parser.add_argument("-O", dest="target_format", metavar="FMT", choices=["raw"], default="raw", help="format of the output: raw")
+    parser.add_argument("-p", dest="progress", action="store_true", help="show progress, if standard error is a terminal")
+    parser.add_argument("-m", dest="threads", type=int, metavar="N", help="threads to use; by default one for each CPU")
+    parser.add_argument(
+        "-S",
+        dest="sparse_size",
+        type=size_argument,
+        default=SPARSE_SIZE,
+        metavar="SIZE",
+        help="zeroes of so many bytes become holes (4k); 0 allocates the whole output",
+    )
+    parser.add_argument("-n", dest="in_place", action="store_true", help="write into an existing output, which must be large enough")
+    parser.add_argument("-W", action="store_true", help="accepted for qemu-img's sake: writes are never in order")
+    add_output(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    with open_image(arguments.image, backing=backing_of(arguments), threads=arguments.threads) as image, bar(arguments.progress) as report:
+        done = convert(image, arguments.target, sparse_size=arguments.sparse_size, in_place=arguments.in_place, progress=report)
+    if arguments.output == "json":
+        print(json.dumps({k.replace("_", "-"): v for k, v in dataclasses.asdict(done).items()}, indent=4))
+    return 0
+
+
+@contextlib.contextmanager
+def bar(wanted: bool) -> Iterator[Callable[[int, int], object] | None]:
+    """A progress bar on a terminal, where tqdm is installed to draw it."""
+    if not (wanted and os.isatty(sys.stderr.fileno())):
+        yield None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print("fastqcow: no progress is shown: install tqdm, or fastqcow[progress]", file=sys.stderr)
+        yield None
+        return
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024) as drawn:
+
+        def report(done: int, total: int) -> None:
+            drawn.total = total
+            drawn.update(done - drawn.n)
+
+        yield report

@@ -1,0 +1,66 @@
+"""`fastqcow map`: where the bytes of an image are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+
+from fastqcow.chain import Layer, open_chain
+from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of, size_argument
+from fastqcow.image import Extent, Image, make_options
+
+__all__ = ["add", "run"]
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser(
+        "map",
+        help="list where the bytes of an image are",
+        description="List the ranges of the disk: which file of the backing chain holds them, where, and whether they are compressed.",
+        epilog="example: fastqcow map --output=json disk.qcow2",
+    )
+    add_image(parser)
+    add_backing(parser)
+    add_output(parser)
+    parser.add_argument("-s", "--start-offset", type=size_argument, default=0, metavar="OFFSET", help="start there")
+    parser.add_argument("-l", "--max-length", type=size_argument, metavar="LENGTH", help="look at so many bytes")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    chain = open_chain(arguments.image, make_options(backing_of(arguments)))
+    with Image(chain) as image:
+        extents = image.map(arguments.start_offset, arguments.max_length)
+        if arguments.output == "json":
+            print_json(extents)
+        else:
+            print_human(extents, [layer.reader.source.path for layer in layers(chain)])
+    return 0
+
+
+def layers(chain: Layer | None) -> Iterable[Layer]:
+    while chain is not None:
+        yield chain
+        chain = chain.backing
+
+
+def print_json(extents: Iterable[Extent]) -> None:
+    """One extent a line, as they are found: maps of large images are long."""
+    before = "["
+    for extent in extents:
+        fields = extent._asdict()
+        if extent.offset is None:
+            del fields["offset"]
+        print(before + json.dumps(fields), end="")
+        before = ",\n"
+    print("]" if before != "[" else "[]")
+
+
+def print_human(extents: Iterable[Extent], paths: list[str]) -> None:
+    """qemu-img lists data only, and gives up at the first compressed cluster; here its place is a word."""
+    print(f"{'Offset':<16}{'Length':<16}{'Mapped to':<16}File")
+    for extent in extents:
+        if extent.data:
+            place = "compressed" if extent.offset is None else f"{extent.offset:#x}"
+            print(f"{extent.start:<#16x}{extent.length:<#16x}{place:<16}{paths[extent.depth]}")

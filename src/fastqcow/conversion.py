@@ -1,0 +1,166 @@
+"""Whole images to other files.
+
+The output is written to a file of another name beside the target, and takes the target's name when it is complete; so that name never
+stands for half an image, whatever happens. A target that cannot be replaced (a block device), or must not be (in_place), is written in
+place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fastqcow.image import Image
+from fastqcow.image import open as open_image
+
+if TYPE_CHECKING:
+    from fastqcow._types import BinaryFile, Path
+
+__all__ = ["Conversion", "convert"]
+
+SPARSE_SIZE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion did. Sizes are bytes."""
+
+    source: str
+    target: str
+    virtual_size: int
+    bytes_written: int
+    clusters_inflated: int
+    seconds: float
+
+
+def convert(
+    src: Path | BinaryFile | Image,
+    dst: Path,
+    *,
+    format: str = "raw",  # noqa: A002 - the word everybody uses
+    sparse_size: int = SPARSE_SIZE,
+    in_place: bool = False,
+    threads: int | None = None,
+    progress: Callable[[int, int], object] | None = None,
+) -> Conversion:
+    """Write the contents of an image to a raw file or a block device.
+
+    Args:
+        src: an image, or what `fastqcow.open` takes.
+        dst: the path to write. An existing file is replaced when everything is written; a block device is written in place.
+        format: "raw".
+        sparse_size: runs of zeroes of so many bytes (a multiple of 512) become holes; 0 allocates the whole target.
+        in_place: write into the existing target, which must be large enough, and leave its length as it is.
+        threads: as for `fastqcow.open`; for an open image its own number counts.
+        progress: called some 20 times a second and at the end with (bytes done, bytes in all).
+
+    Raises:
+        FormatError, OSError and so on: as `fastqcow.open`, `Image.pread` and writing to a file do. The target then is what it was, unless
+            it was being written in place.
+        ValueError: an argument that makes no sense.
+    """
+    if format != "raw":
+        raise ValueError(f"the output format is {format!r}; it can be 'raw'")
+    if sparse_size < 0 or sparse_size % 512:
+        raise ValueError(f"sparse_size is {sparse_size}; it is a multiple of 512 bytes, or 0")
+    target = os.path.realpath(os.fsdecode(dst))
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        image = src if isinstance(src, Image) else stack.enter_context(open_image(src, threads=threads))
+        reader = image._open_reader()
+        if os.path.exists(target) and os.path.samestat(os.stat(target), _stat(image.name)):  # noqa: PTH110, PTH116
+            raise ValueError(f"{image.name}: the image cannot be its own target")
+        inflated_before = reader.stats()["clusters_inflated"]
+        fd, reads_zero = stack.enter_context(_in_place(target, image.size) if _keep(target, in_place) else _replaced(target))
+        if reads_zero:
+            os.truncate(fd, image.size)
+            if sparse_size == 0 and image.size:
+                reads_zero = _allocate(fd, image.size)
+
+        def report(done: int) -> None:
+            if progress is not None:
+                progress(done, image.size)
+
+        try:
+            written = reader.export(fd, sparse_size, reads_zero, report if progress is not None else None)
+        except OSError as e:
+            if e.filename is None:  # an error of writing: the core knows the target by its descriptor only
+                e.filename = target
+            raise
+        report(image.size)
+        inflated = reader.stats()["clusters_inflated"] - inflated_before
+        return Conversion(image.name, os.fsdecode(dst), image.size, written, inflated, time.perf_counter() - started)
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except (OSError, ValueError):
+        return os.stat_result((0,) * 10)
+
+
+def _keep(target: str, in_place: bool) -> bool:
+    """Whether the target itself is to be written: told so, or it is not a file that another can replace."""
+    if in_place:
+        return True
+    try:
+        return not stat.S_ISREG(os.stat(target).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _in_place(target: str, nbytes: int) -> Iterator[tuple[int, bool]]:
+    fd = os.open(target, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISREG(mode) or stat.S_ISBLK(mode):
+            room = os.lseek(fd, 0, os.SEEK_END)
+            if room < nbytes:
+                raise ValueError(f"{target}: the target has {room} bytes, and the image {nbytes}")
+        yield fd, False
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _replaced(target: str) -> Iterator[tuple[int, bool]]:
+    directory, name = os.path.split(target)
+    try:
+        fd, temporary = tempfile.mkstemp(prefix=f".{name[:200]}.", suffix=".part", dir=directory)
+    except FileNotFoundError as e:
+        raise FileNotFoundError(e.errno, "No such directory", directory) from None
+    try:
+        try:
+            os.fchmod(fd, _mode_for(target))
+            yield fd, True
+        finally:
+            os.close(fd)
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _mode_for(target: str) -> int:
+    """The permissions that the target has, or that a new file gets."""
+    try:
+        return stat.S_IMODE(os.stat(target).st_mode)
+    except FileNotFoundError:
+        mask = os.umask(0o077)
+        os.umask(mask)
+        return 0o666 & ~mask
+
+
+def _allocate(fd: int, nbytes: int) -> bool:
+    """Reserve the whole file. False where the system cannot: then every byte has to be written."""
+    if not hasattr(os, "posix_fallocate"):
+        return False
+    os.posix_fallocate(fd, 0, nbytes)
+    return True

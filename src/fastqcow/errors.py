@@ -1,0 +1,80 @@
+"""The exceptions of fastqcow, and the one place that makes them out of what the core reports."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["Error", "FormatError", "PasswordError", "PolicyError", "UnsupportedError"]
+
+
+class Error(Exception):
+    """An image cannot be read, for a reason that lies in the image.
+
+    Attributes (each None where it means nothing):
+        path: the file that the error is in; in a backing chain not always the one that was opened.
+        guest_off: offset on the virtual disk, in bytes.
+        host_off: offset in the file, in bytes.
+        value: the table entry or the number that was wrong.
+    """
+
+    def __init__(
+        self,
+        reason: str,
+        *,
+        path: str | None = None,
+        guest_off: int | None = None,
+        host_off: int | None = None,
+        value: int | None = None,
+    ) -> None:
+        self.reason = reason
+        self.path = path
+        self.guest_off = guest_off
+        self.host_off = host_off
+        self.value = value
+        places = (("guest offset", guest_off), ("host offset", host_off), ("value", value))
+        where = ", ".join(f"{name} {number:#x}" for name, number in places if number is not None)
+        super().__init__((f"{path}: " if path else "") + reason + (f" ({where})" if where else ""))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        state = {"path": self.path, "guest_off": self.guest_off, "host_off": self.host_off, "value": self.value}
+        return _restore, (type(self), self.reason, state)
+
+
+class FormatError(Error):
+    """The file is no qcow2 image, or a damaged one."""
+
+
+class UnsupportedError(Error):
+    """A valid image that needs a feature which fastqcow does not have."""
+
+
+class PolicyError(Error):
+    """The image names another file, and the rules it was opened under do not allow that file to be opened."""
+
+
+class PasswordError(Error):
+    """The image is encrypted, and the password is missing or wrong."""
+
+
+def _restore(cls: type[Error], reason: str, state: dict[str, object]) -> Error:
+    return cls(reason, **state)  # type: ignore[arg-type]
+
+
+def from_core(
+    name: str,
+    sentence: str,
+    *,
+    sys_errno: int,
+    path: str | None,
+    guest_off: int | None,
+    host_off: int | None,
+    value: int | None,
+) -> Exception:
+    """The exception for a status of the core: `name` says which kind, the rest is what the core knows of the place."""
+    if name == "os":
+        return OSError(sys_errno, os.strerror(sys_errno), path)
+    if name == "memory":
+        return MemoryError(sentence)
+    if name == "argument":
+        return ValueError(sentence)
+    return FormatError(sentence, path=path, guest_off=guest_off, host_off=host_off, value=value)

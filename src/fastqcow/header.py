@@ -1,0 +1,314 @@
+"""The qcow2 header and its extensions, as frozen dataclasses.
+
+Offsets and limits follow the specification ("Header", "Header extensions") and, where that is silent, QEMU's qcow2.c. Every number is
+checked here, once, before anything is allocated, read or looped over by it: what leaves `Header.read` is safe to use.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fastqcow.errors import FormatError, UnsupportedError
+
+__all__ = ["BitmapsExtension", "CryptoHeader", "Feature", "Header", "UnknownExtension"]
+
+MAGIC = b"QFI\xfb"
+L1_NBYTES_MAX = 32 << 20
+REFCOUNT_TABLE_NBYTES_MAX = 8 << 20
+BACKING_NAME_NBYTES_MAX = 1023
+SNAPSHOTS_MAX = 65536
+V2_NBYTES = 72
+V3_NBYTES_MIN = 104
+
+DIRTY = 1 << 0
+CORRUPT = 1 << 1
+DATA_FILE = 1 << 2
+COMPRESSION_TYPE = 1 << 3
+EXTENDED_L2 = 1 << 4
+KNOWN_INCOMPATIBLE = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
+LAZY_REFCOUNTS = 1 << 0
+DATA_FILE_RAW = 1 << 1
+
+COMPRESSION_TYPES = ("zlib", "zstd")
+
+EXT_END = 0
+EXT_BACKING_FORMAT = 0xE2792ACA
+EXT_FEATURE_NAMES = 0x6803F857
+EXT_BITMAPS = 0x23852875
+EXT_CRYPTO = 0x0537BE77
+EXT_DATA_FILE = 0x44415441
+
+_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3 = struct.Struct(">QQQII")
+
+
+@dataclass(frozen=True, slots=True)
+class Feature:
+    """A row of the feature name table. kind: 0 incompatible, 1 compatible, 2 autoclear."""
+
+    kind: int
+    bit: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapsExtension:
+    """Where the directory of persistent dirty bitmaps lies, in bytes."""
+
+    count: int
+    directory_nbytes: int
+    directory_off: int
+
+
+@dataclass(frozen=True, slots=True)
+class CryptoHeader:
+    """Where the encryption header (LUKS) lies in the file, in bytes."""
+
+    host_off: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class UnknownExtension:
+    """A header extension that this library does not know, kept as it is."""
+
+    magic: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """All of the header. Offsets are places in the file; counts are entries; sizes are bytes."""
+
+    version: int
+    cluster_bits: int
+    size: int
+    crypt_method: int
+    l1_entries: int
+    l1_off: int
+    refcount_table_off: int
+    refcount_table_clusters: int
+    snapshot_count: int
+    snapshots_off: int
+    incompatible: int
+    compatible: int
+    autoclear: int
+    refcount_order: int
+    header_nbytes: int
+    compression_type: str
+    backing_name: str | None
+    backing_format: str | None
+    data_file_name: str | None
+    features: tuple[Feature, ...]
+    bitmaps: BitmapsExtension | None
+    crypto: CryptoHeader | None
+    unknown_extensions: tuple[UnknownExtension, ...]
+
+    @property
+    def cluster_size(self) -> int:
+        return 1 << self.cluster_bits
+
+    @property
+    def extended_l2(self) -> bool:
+        return bool(self.incompatible & EXTENDED_L2)
+
+    @property
+    def encrypted(self) -> bool:
+        return self.crypt_method != 0
+
+    @property
+    def has_data_file(self) -> bool:
+        return bool(self.incompatible & DATA_FILE)
+
+    @classmethod
+    def read(cls, pread: Callable[[int, int], bytes], path: str) -> Header:
+        """Read and check the header.
+
+        Args:
+            pread: (number of bytes, host offset) -> bytes, short only at the end of the file.
+            path: the name to put into errors.
+
+        Raises:
+            FormatError: not a qcow2 image, or one whose header is damaged.
+            UnsupportedError: a version, a feature or a compression that this library does not know.
+        """
+        return _Parser(pread, path).parse()
+
+
+class _Parser:
+    def __init__(self, pread: Callable[[int, int], bytes], path: str) -> None:
+        self.pread = pread
+        self.path = path
+
+    def bad(self, reason: str, host_off: int | None = None, value: int | None = None) -> FormatError:
+        return FormatError(reason, path=self.path, host_off=host_off, value=value)
+
+    def parse(self) -> Header:
+        head = self.pread(V3_NBYTES_MIN + 8, 0)
+        if not head:
+            raise self.bad("the file is empty")
+        if head[:4] != MAGIC:
+            raise self.bad("not a qcow2 image: it does not start with the bytes 'QFI\\xfb'")
+        if len(head) < V2_NBYTES:
+            raise self.bad(f"the file ends within the header, after {len(head)} bytes")
+        (
+            _,
+            version,
+            backing_off,
+            backing_nbytes,
+            cluster_bits,
+            size,
+            crypt_method,
+            l1_entries,
+            l1_off,
+            refcount_table_off,
+            refcount_table_clusters,
+            snapshot_count,
+            snapshots_off,
+        ) = _V2.unpack_from(head)
+        if version not in (2, 3):
+            raise UnsupportedError(f"qcow version {version} is not supported; 2 and 3 are", path=self.path, host_off=4, value=version)
+        if not 9 <= cluster_bits <= 21:
+            raise self.bad("cluster_bits is not within 9 to 21", 20, cluster_bits)
+        cluster_size = 1 << cluster_bits
+
+        incompatible = compatible = autoclear = 0
+        refcount_order, header_nbytes, compression = 4, V2_NBYTES, 0
+        if version == 3:
+            if len(head) < V3_NBYTES_MIN:
+                raise self.bad(f"the file ends within the header, after {len(head)} bytes")
+            incompatible, compatible, autoclear, refcount_order, header_nbytes = _V3.unpack_from(head, V2_NBYTES)
+            if header_nbytes < V3_NBYTES_MIN:
+                raise self.bad("header_length is less than 104", 100, header_nbytes)
+            if header_nbytes > cluster_size:
+                raise self.bad("header_length is more than a cluster", 100, header_nbytes)
+            if header_nbytes > V3_NBYTES_MIN and len(head) > V3_NBYTES_MIN:
+                compression = head[V3_NBYTES_MIN]
+        if backing_off > cluster_size:
+            raise self.bad("the backing file name starts beyond the first cluster", 8, backing_off)
+
+        extensions_end = backing_off or cluster_size
+        header = self.pread(cluster_size, 0)
+        found = self.extensions(header, header_nbytes, extensions_end)
+        unknown = incompatible & ~KNOWN_INCOMPATIBLE
+        if unknown:
+            names = {f.bit: f.name for f in found.features if f.kind == 0}
+            bits = [bit for bit in range(64) if unknown >> bit & 1]
+            listed = ", ".join(names.get(bit) or f"bit {bit}" for bit in bits)
+            raise UnsupportedError(f"the image needs features that are not known: {listed}", path=self.path, host_off=72, value=incompatible)
+        if bool(incompatible & COMPRESSION_TYPE) != bool(compression):
+            raise self.bad("the compression type and its feature bit contradict each other", V3_NBYTES_MIN, compression)
+        if compression >= len(COMPRESSION_TYPES):
+            raise UnsupportedError("the compression type is not known", path=self.path, host_off=V3_NBYTES_MIN, value=compression)
+        if incompatible & EXTENDED_L2 and cluster_bits < 14:
+            raise self.bad("cluster_bits is less than 14, with extended L2 entries", 20, cluster_bits)
+        if refcount_order > 6:
+            raise self.bad("refcount_order is more than 6", 96, refcount_order)
+        if crypt_method > 2:
+            raise UnsupportedError("the encryption method is not known", path=self.path, host_off=32, value=crypt_method)
+
+        self.check_size(size, cluster_bits, bool(incompatible & EXTENDED_L2), l1_entries)
+        self.check_table("L1", l1_off, l1_entries * 8, L1_NBYTES_MAX, cluster_size, 40)
+        self.check_table("refcount", refcount_table_off, refcount_table_clusters << cluster_bits, REFCOUNT_TABLE_NBYTES_MAX, cluster_size, 48)
+        if snapshot_count > SNAPSHOTS_MAX:
+            raise self.bad("there are more than 65536 snapshots", 60, snapshot_count)
+        if snapshot_count and snapshots_off % cluster_size:
+            raise self.bad("the snapshot table is not aligned to a cluster", 64, snapshots_off)
+        return Header(
+            version=version,
+            cluster_bits=cluster_bits,
+            size=size,
+            crypt_method=crypt_method,
+            l1_entries=l1_entries,
+            l1_off=l1_off,
+            refcount_table_off=refcount_table_off,
+            refcount_table_clusters=refcount_table_clusters,
+            snapshot_count=snapshot_count,
+            snapshots_off=snapshots_off,
+            incompatible=incompatible,
+            compatible=compatible,
+            autoclear=autoclear,
+            refcount_order=refcount_order,
+            header_nbytes=header_nbytes,
+            compression_type=COMPRESSION_TYPES[compression],
+            backing_name=self.backing_name(header, backing_off, backing_nbytes) if backing_off else None,
+            backing_format=found.backing_format,
+            data_file_name=found.data_file_name,
+            features=tuple(found.features),
+            bitmaps=found.bitmaps,
+            crypto=found.crypto,
+            unknown_extensions=tuple(found.unknown),
+        )
+
+    def check_size(self, size: int, cluster_bits: int, extended_l2: bool, l1_entries: int) -> None:
+        if size > (1 << 63) - 1:
+            raise self.bad("the virtual size is more than 2^63 - 1", 24, size)
+        l2_covers_bits = cluster_bits + cluster_bits - (4 if extended_l2 else 3)
+        if l1_entries < -(-size >> l2_covers_bits):
+            raise self.bad("the L1 table is too small for the virtual size", 36, l1_entries)
+
+    def check_table(self, name: str, off: int, nbytes: int, limit: int, cluster_size: int, host_off: int) -> None:
+        if nbytes > limit:
+            raise self.bad(f"the {name} table is larger than {limit >> 20} MiB", host_off, nbytes)
+        if off % cluster_size:
+            raise self.bad(f"the {name} table is not aligned to a cluster", host_off, off)
+        if off > (1 << 63) - 1 - nbytes:
+            raise self.bad(f"the {name} table lies beyond any file's end", host_off, off)
+
+    def backing_name(self, header: bytes, off: int, nbytes: int) -> str:
+        if nbytes > BACKING_NAME_NBYTES_MAX:
+            raise self.bad(f"the backing file name is longer than {BACKING_NAME_NBYTES_MAX} bytes", 16, nbytes)
+        name = header[off : off + nbytes]
+        if len(name) < nbytes:
+            raise self.bad("the backing file name runs past the first cluster, or the file's end", off, nbytes)
+        return name.decode("utf-8", "surrogateescape")
+
+    def extensions(self, header: bytes, off: int, end: int) -> _Extensions:
+        """Walk the extensions. Each step moves on by at least 8 bytes, and none leaves the first cluster."""
+        found = _Extensions()
+        while off < end:
+            if off + 8 > len(header):
+                raise self.bad("the file ends within the header extensions", off)
+            magic, nbytes = struct.unpack_from(">II", header, off)
+            if magic == EXT_END:
+                break
+            if nbytes > end - off - 8:
+                raise self.bad("a header extension is longer than the space for it", off, nbytes)
+            data = header[off + 8 : off + 8 + nbytes]
+            if len(data) < nbytes:
+                raise self.bad("the file ends within a header extension", off, nbytes)
+            self.extension(found, magic, data, off)
+            off += 8 + (nbytes + 7 & ~7)
+        return found
+
+    def extension(self, found: _Extensions, magic: int, data: bytes, off: int) -> None:
+        if magic == EXT_BACKING_FORMAT:
+            found.backing_format = data.decode("utf-8", "surrogateescape")
+        elif magic == EXT_DATA_FILE:
+            found.data_file_name = data.decode("utf-8", "surrogateescape")
+        elif magic == EXT_FEATURE_NAMES:
+            rows = (data[i : i + 48] for i in range(0, len(data) - 47, 48))
+            found.features = [Feature(r[0], r[1], r[2:].split(b"\0")[0].decode("utf-8", "replace")) for r in rows]
+        elif magic == EXT_BITMAPS:
+            if len(data) != 24:
+                raise self.bad("the bitmaps extension has not 24 bytes", off, len(data))
+            count, _, directory_nbytes, directory_off = struct.unpack(">IIQQ", data)
+            found.bitmaps = BitmapsExtension(count, directory_nbytes, directory_off)
+        elif magic == EXT_CRYPTO:
+            if len(data) != 16:
+                raise self.bad("the encryption header pointer has not 16 bytes", off, len(data))
+            found.crypto = CryptoHeader(*struct.unpack(">QQ", data))
+        else:
+            found.unknown.append(UnknownExtension(magic, data))
+
+
+class _Extensions:
+    def __init__(self) -> None:
+        self.backing_format: str | None = None
+        self.data_file_name: str | None = None
+        self.features: list[Feature] = []
+        self.bitmaps: BitmapsExtension | None = None
+        self.crypto: CryptoHeader | None = None
+        self.unknown: list[UnknownExtension] = []

@@ -1,0 +1,62 @@
+"""From what a caller names to a source of the core: a path, or an open binary file."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from typing import TYPE_CHECKING
+
+from fastqcow._reader import Source
+
+if TYPE_CHECKING:
+    from fastqcow._types import BinaryFile, Path
+
+__all__ = ["open_source"]
+
+
+def open_source(source: Path | BinaryFile) -> Source:
+    """Open a path, or wrap an open binary file. The file stays the caller's, and stays open.
+
+    A plain file of Python (`open(..., "rb")`) is read by its descriptor, a duplicate of it, so that closing the file does not pull it
+    away. Everything else (`gzip.open`, `io.BytesIO`, ...) is read by its methods: that such a file has a `fileno()` does not mean that its bytes
+    are those of the descriptor.
+
+    Raises:
+        OSError: as from `os.open`; IsADirectoryError for a directory.
+        TypeError: neither a path nor a binary file.
+    """
+    if isinstance(source, (str, bytes, os.PathLike)):
+        path = os.fsdecode(source)
+        return _from_fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, seek_holes=True)
+    if not (hasattr(source, "read") and hasattr(source, "seek")):
+        raise TypeError(f"a path or an open binary file is needed, not {type(source).__name__}")
+    if isinstance(source, io.TextIOBase):
+        raise TypeError("the file is open in text mode; open it with mode 'rb'")
+    path = _name_of(source)
+    plain = source.raw if isinstance(source, (io.BufferedReader, io.BufferedRandom)) else source
+    if type(plain) is io.FileIO:
+        if not plain.readable():
+            raise io.UnsupportedOperation(f"{path}: the file is not open for reading")
+        if isinstance(source, io.BufferedRandom):
+            source.flush()
+        return _from_fd(os.dup(plain.fileno()), path, seek_holes=False)
+    return Source.from_file(source, path)
+
+
+def _from_fd(fd: int, path: str, *, seek_holes: bool) -> Source:
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(21, "Is a directory", path)
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise OSError(29, "Not a regular file or a block device", path)
+    except BaseException:
+        os.close(fd)
+        raise
+    return Source.from_fd(fd, path, seek_holes)
+
+
+def _name_of(file: object) -> str:
+    name = getattr(file, "name", None)
+    return os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else f"<{type(file).__name__}>"
