@@ -1,7 +1,7 @@
 """The extension modules; everything else about the package stands in pyproject.toml.
 
-Each module is compiled together with the files of the C core that it uses, so a module is one file that can be loaded anywhere. Libraries
-are found by pkg-config alone: it knows where a distribution, Homebrew or a wheel builder has put them.
+Each module is compiled together with the files of the C core that it uses, so a module is one file that can be loaded
+anywhere. Libraries are found by pkg-config alone: it knows where a distribution, Homebrew or a wheel builder has put them.
 """
 
 import os

@@ -7,10 +7,10 @@
 
 from fastqcow.clusters import Engines, L2Table, build_info, inflate, inflate_into, parse_l2
 from fastqcow.conversion import Conversion, convert
+from fastqcow.describe import info
 from fastqcow.errors import Error, FormatError, PasswordError, PolicyError, UnsupportedError
 from fastqcow.header import Header
 from fastqcow.image import Extent, Image, open  # noqa: A004 - that is its name: fastqcow.open
-from fastqcow.describe import info
 
 __version__ = "0.1.0"
 

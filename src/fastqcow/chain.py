@@ -1,7 +1,8 @@
 """From an image's file to a reader of all its layers: which files may be opened, and how deep.
 
-A file that an image names is opened only by a rule (`backing=`), since whoever wrote the image chose the name. Safe by default: inside
-the image's own directory, or below it, links followed. A name with a protocol (`json:`, `nbd:`, ...) is never opened.
+A file that an image names is opened only by a rule (`backing=`), since whoever wrote the image chose the name. Safe by
+default: inside the image's own directory, or below it, links followed. A name with a protocol (`json:`, `nbd:`, ...) is never
+opened.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 class Options:
     """How to open an image; see `fastqcow.open`."""
 
-    backing: None | Literal[False] | Path | BinaryFile
+    backing: Literal[False] | Path | BinaryFile | None
     threads: int
     cache_size: int
     engine: Literal["libdeflate", "libz"]
@@ -134,11 +135,11 @@ def backing_path(image: str, name: str) -> str:
         raise PolicyError(
             f"the backing file {name!r} is not a plain path, and is not opened; give the file with backing=", path=image
         )
-    return os.path.join(os.path.dirname(image), name)  # noqa: PTH118, PTH120 - os.path is imported anyway; pathlib costs start-up time
+    return os.path.join(os.path.dirname(image), name)
 
 
 def _refuse_outside(image: str, path: str) -> None:
-    directory = os.path.dirname(os.path.realpath(image))  # noqa: PTH120
+    directory = os.path.dirname(os.path.realpath(image))
     if os.path.commonpath((directory, os.path.realpath(path))) != directory:
         raise PolicyError(
             f"the backing file {path!r} lies outside of the image's directory, and is not opened; "

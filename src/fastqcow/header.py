@@ -1,7 +1,7 @@
 """The qcow2 header and its extensions, as frozen dataclasses.
 
-Offsets and limits follow the specification ("Header", "Header extensions") and, where that is silent, QEMU's qcow2.c. Every number is
-checked here, once, before anything is allocated, read or looped over by it: what leaves `Header.read` is safe to use.
+Offsets and limits follow the specification ("Header", "Header extensions") and, where that is silent, QEMU's qcow2.c. Every
+number is checked here, once, before anything is allocated, read or looped over by it: what leaves `Header.read` is safe to use.
 """
 
 from __future__ import annotations
@@ -169,7 +169,9 @@ class _Parser:
             snapshots_off,
         ) = _V2.unpack_from(head)
         if version not in (2, 3):
-            raise UnsupportedError(f"qcow version {version} is not supported; 2 and 3 are", path=self.path, host_off=4, value=version)
+            raise UnsupportedError(
+                f"qcow version {version} is not supported; 2 and 3 are", path=self.path, host_off=4, value=version
+            )
         if not 9 <= cluster_bits <= 21:
             raise self.bad("cluster_bits is not within 9 to 21", 20, cluster_bits)
         cluster_size = 1 << cluster_bits
@@ -197,7 +199,9 @@ class _Parser:
             names = {f.bit: f.name for f in found.features if f.kind == 0}
             bits = [bit for bit in range(64) if unknown >> bit & 1]
             listed = ", ".join(names.get(bit) or f"bit {bit}" for bit in bits)
-            raise UnsupportedError(f"the image needs features that are not known: {listed}", path=self.path, host_off=72, value=incompatible)
+            raise UnsupportedError(
+                f"the image needs features that are not known: {listed}", path=self.path, host_off=72, value=incompatible
+            )
         if bool(incompatible & COMPRESSION_TYPE) != bool(compression):
             raise self.bad("the compression type and its feature bit contradict each other", V3_NBYTES_MIN, compression)
         if compression >= len(COMPRESSION_TYPES):
@@ -211,7 +215,9 @@ class _Parser:
 
         self.check_size(size, cluster_bits, bool(incompatible & EXTENDED_L2), l1_entries)
         self.check_table("L1", l1_off, l1_entries * 8, L1_NBYTES_MAX, cluster_size, 40)
-        self.check_table("refcount", refcount_table_off, refcount_table_clusters << cluster_bits, REFCOUNT_TABLE_NBYTES_MAX, cluster_size, 48)
+        self.check_table(
+            "refcount", refcount_table_off, refcount_table_clusters << cluster_bits, REFCOUNT_TABLE_NBYTES_MAX, cluster_size, 48
+        )
         if snapshot_count > SNAPSHOTS_MAX:
             raise self.bad("there are more than 65536 snapshots", 60, snapshot_count)
         if snapshot_count and snapshots_off % cluster_size:

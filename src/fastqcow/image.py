@@ -117,7 +117,8 @@ class Image(io.RawIOBase):
     def preadv(self, buffers: Sequence[Writable], guest_off: int) -> int:
         """Fill writable buffers in turn from guest offset `guest_off`, as `os.preadv`; returns the bytes read.
 
-        Less than the buffers hold is read only at the end of the disk. Errors as of `pread`; the buffers' contents are then undefined.
+        Less than the buffers hold is read only at the end of the disk. Errors as of `pread`; the buffers' contents are then
+        undefined.
         """
         return self._open_reader().preadv(buffers, guest_off)
 
@@ -211,7 +212,7 @@ def available_cpus() -> int:
 
 
 def make_options(
-    backing: None | Literal[False] | Path | BinaryFile = None,
+    backing: Literal[False] | Path | BinaryFile | None = None,
     threads: int | None = None,
     cache_size: int | None = None,
     engine: str | None = None,
@@ -235,7 +236,7 @@ def make_options(
 def open(  # noqa: A001 - called as fastqcow.open
     source: Path | BinaryFile,
     *,
-    backing: None | Literal[False] | Path | BinaryFile = None,
+    backing: Literal[False] | Path | BinaryFile | None = None,
     threads: int | None = None,
     cache_size: int | None = None,
     engine: Literal["libdeflate", "libz"] | None = None,
@@ -244,11 +245,12 @@ def open(  # noqa: A001 - called as fastqcow.open
 
     Args:
         source: a path, or an open, seekable binary file, which stays the caller's.
-        backing: what to do about a backing file that the image names. None: open it if it lies in the image's own directory or below.
-            "follow": open it wherever it is. False: do without, unallocated clusters read as zeroes. A path or an open file: that one
-            instead (a path named "follow" is written "./follow").
-        threads: at most so many threads work on one read, the calling one included; by default one for each CPU the process may use.
-        cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default.
+        backing: what to do about a backing file that the image names. None: open it if it lies in the image's own directory or
+        below.
+            "follow": open it wherever it is. False: do without, unallocated clusters read as zeroes. A path or an open file:
+            that one instead (a path named "follow" is written "./follow").
+        threads: at most so many threads work on one read, the calling one included; by default one for each CPU the process
+        may use. cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default.
         engine: what inflates deflate clusters: "libdeflate" (where it is built in, see `build_info`) or "libz", the reference. By
             default the environment variable FASTQCOW_ENGINE, or libdeflate.
 

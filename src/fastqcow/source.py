@@ -18,9 +18,9 @@ __all__ = ["open_source"]
 def open_source(source: Path | BinaryFile) -> Source:
     """Open a path, or wrap an open binary file. The file stays the caller's, and stays open.
 
-    A plain file of Python (`open(..., "rb")`) is read by its descriptor, a duplicate of it, so that closing the file does not pull it
-    away. Everything else (`gzip.open`, `io.BytesIO`, ...) is read by its methods: that such a file has a `fileno()` does not mean that its bytes
-    are those of the descriptor.
+    A plain file of Python (`open(..., "rb")`) is read by its descriptor, a duplicate of it, so that closing the file does not
+    pull it away. Everything else (`gzip.open`, `io.BytesIO`, ...) is read by its methods: that such a file has a `fileno()`
+    does not mean that its bytes are those of the descriptor.
 
     Raises:
         OSError: as from `os.open`; IsADirectoryError for a directory.

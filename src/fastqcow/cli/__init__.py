@@ -1,7 +1,7 @@
 """The command `fastqcow`: qemu-img's letters, JSON and exit codes.
 
-A command's file has `add(subparsers)` and `run(arguments)`. Whatever goes wrong ends in one line on standard error: exit code 1 as of
-qemu-img, 130 after Ctrl-C and 143 after SIGTERM as of a shell.
+A command's file has `add(subparsers)` and `run(arguments)`. Whatever goes wrong ends in one line on standard error: exit code
+1 as of qemu-img, 130 after Ctrl-C and 143 after SIGTERM as of a shell.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from fastqcow import __version__
-    from fastqcow.cli import convert, info, map
+    from fastqcow.cli import convert, info
+    from fastqcow.cli import map as map_
 
     parser = _Parser(
         prog="fastqcow",
@@ -34,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastqcow {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, map, convert):
+    for command in (info, map_, convert):
         command.add(commands)
     return parser
 

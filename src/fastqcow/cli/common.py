@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal
 
 __all__ = ["Commands", "add_image", "add_output", "size_argument", "size_text"]
 
@@ -14,7 +14,9 @@ _UNITS = "BKMGTPE"
 
 def add_image(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="the qcow2 image")
-    parser.add_argument("-f", dest="source_format", metavar="FMT", choices=["qcow2"], default="qcow2", help="format of the image: qcow2")
+    parser.add_argument(
+        "-f", dest="source_format", metavar="FMT", choices=["qcow2"], default="qcow2", help="format of the image: qcow2"
+    )
     parser.add_argument("-U", "--force-share", action="store_true", help="accepted for qemu-img's sake: images are never locked")
 
 
@@ -22,13 +24,14 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backing",
         metavar="PATH",
-        help="the backing file to use in place of the one that the image names; 'follow' to open that one wherever it lies, 'none' to do "
-        "without. By default it is opened if it lies in the image's directory or below",
+        help="the backing file to use in place of the one that the image names; 'follow' to open that one wherever it lies, "
+        "'none' to do without. By default it is opened if it lies in the image's directory or below",
     )
 
 
-def backing_of(arguments: argparse.Namespace) -> str | bool | None:
-    return False if arguments.backing == "none" else arguments.backing
+def backing_of(arguments: argparse.Namespace) -> str | Literal[False] | None:
+    given: str | None = arguments.backing
+    return False if given == "none" else given
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

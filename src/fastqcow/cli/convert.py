@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -21,8 +19,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "convert",
         help="write an image to a raw file or a block device",
-        description="Write the contents of an image to a raw file or a block device, on all cores. A file appears under its name when it is "
-        "complete; a block device is written in place.",
+        description="Write the contents of an image to a raw file or a block device, on all cores. A file appears under its name "
+        "when it is complete; a block device is written in place.",
         epilog="example: fastqcow convert -p disk.qcow2 disk.raw",
     )
     add_image(parser)
@@ -39,16 +37,24 @@ def add(commands: Commands) -> None:
         metavar="SIZE",
         help="zeroes of so many bytes become holes (4k); 0 allocates the whole output",
     )
-    parser.add_argument("-n", dest="in_place", action="store_true", help="write into an existing output, which must be large enough")
+    parser.add_argument(
+        "-n", dest="in_place", action="store_true", help="write into an existing output, which must be large enough"
+    )
     parser.add_argument("-W", action="store_true", help="accepted for qemu-img's sake: writes are never in order")
     add_output(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    with open_image(arguments.image, backing=backing_of(arguments), threads=arguments.threads) as image, bar(arguments.progress) as report:
+    with (
+        open_image(arguments.image, backing=backing_of(arguments), threads=arguments.threads) as image,
+        bar(arguments.progress) as report,
+    ):
         done = convert(image, arguments.target, sparse_size=arguments.sparse_size, in_place=arguments.in_place, progress=report)
     if arguments.output == "json":
+        import dataclasses
+        import json
+
         print(json.dumps({k.replace("_", "-"): v for k, v in dataclasses.asdict(done).items()}, indent=4))
     return 0
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
 from fastqcow.cli.common import Commands, add_image, add_output, size_text
@@ -26,7 +25,12 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     found = info(arguments.image)
-    print(json.dumps(found, indent=4) if arguments.output == "json" else human(found))
+    if arguments.output == "json":
+        import json
+
+        print(json.dumps(found, indent=4))
+    else:
+        print(human(found))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterable
 
 from fastqcow.chain import Layer, open_chain
@@ -17,7 +16,7 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "map",
         help="list where the bytes of an image are",
-        description="List the ranges of the disk: which file of the backing chain holds them, where, and whether they are compressed.",
+        description="List the ranges of the disk: which file of the backing chain holds them, where, and if they are compressed.",
         epilog="example: fastqcow map --output=json disk.qcow2",
     )
     add_image(parser)
@@ -47,6 +46,8 @@ def layers(chain: Layer | None) -> Iterable[Layer]:
 
 def print_json(extents: Iterable[Extent]) -> None:
     """One extent a line, as they are found: maps of large images are long."""
+    import json
+
     before = "["
     for extent in extents:
         fields = extent._asdict()

@@ -1,0 +1,52 @@
+"""Fixtures for all tests: QEMU's tools, and the real data where a checkout has it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+
+class Qemu:
+    """qemu-img and qemu-io: the oracle."""
+
+    def img(self, *arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+        done = subprocess.run(["qemu-img", *map(str, arguments)], capture_output=True, text=True, check=False)
+        assert not check or done.returncode == 0, f"qemu-img {arguments}: {done.stderr}"
+        return done
+
+    def io(self, image: Path, *commands: str, options: tuple[str, ...] = ()) -> None:
+        arguments = [argument for command in commands for argument in ("-c", command)]
+        done = subprocess.run(["qemu-io", *options, *arguments, str(image)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "rror" not in done.stdout + done.stderr, done.stdout + done.stderr
+
+    def read(self, image: Path) -> bytes | None:
+        """All bytes of the disk, or None where QEMU refuses to open the image or fails to read it."""
+        raw = image.with_name(image.name + ".oracle")
+        done = self.img("convert", "-f", "qcow2", "-O", "raw", image, raw, check=False)
+        return raw.read_bytes() if done.returncode == 0 else None
+
+
+@pytest.fixture(scope="session")
+def qemu() -> Qemu:
+    if not (shutil.which("qemu-img") and shutil.which("qemu-io")):
+        pytest.skip("qemu-img and qemu-io are not installed")
+    return Qemu()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of the real Debian image; beside the checkout, or where FASTQCOW_DATA says."""
+    folder = Path(os.environ.get("FASTQCOW_DATA") or Path(__file__).parents[2] / "shared" / "data")
+    if not (folder / "boot-zlib.qcow2").exists():
+        pytest.skip(f"no boot-zlib.qcow2 in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_image() -> Path:
+    return Path(__file__).parent / "data" / "demo.qcow2"
