@@ -68,10 +68,11 @@ def _format_specific(header: Header) -> dict[str, Any]:
     data: dict[str, Any] = {
         "compat": "1.1" if header.version == 3 else "0.10",
         "compression-type": header.compression_type,
-        "refcount-bits": 1 << header.refcount_order,
     }
     if header.version == 3:
         data["lazy-refcounts"] = bool(header.compatible & h.LAZY_REFCOUNTS)
+    data["refcount-bits"] = 1 << header.refcount_order
+    if header.version == 3:
         data["corrupt"] = bool(header.incompatible & h.CORRUPT)
         data["extended-l2"] = header.extended_l2
     if header.has_data_file:
