@@ -106,10 +106,8 @@ def noise(nbytes: int, seed: int = 0) -> bytes:
 def mixed(nbytes: int, seed: int = 0) -> bytes:
     """Stretches of zeroes, text and noise of any length, with borders anywhere."""
     rng = random.Random(seed)
-    parts = []
-    left = nbytes
-    while left > 0:
-        n = min(left, rng.choice((100, 4096, 5000, 40_000, 65_536, 200_000)))
-        parts.append(rng.choice((bytes, lambda k: text(k, left), lambda k: noise(k, left)))(n))
-        left -= n
-    return b"".join(parts)
+    made = b""
+    while len(made) < nbytes:
+        n = min(nbytes - len(made), rng.choice((100, 4096, 5000, 40_000, 65_536, 200_000)))
+        made += rng.choice((lambda k, _: bytes(k), text, noise))(n, len(made))
+    return made

@@ -117,6 +117,10 @@ cdef class Source:
     """A file that bytes come from: a descriptor that this object owns, or an open Python file.
 
     A file object is used under a lock, one seek and one read at a time, and its position is left wherever that ends.
+
+    Attributes:
+        path: what to call it in errors; a path if has_path.
+        has_path: whether it lies in a directory, in which other files can lie beside it.
     """
 
     cdef fq_source *c
@@ -124,6 +128,7 @@ cdef class Source:
     cdef object file
     cdef object lock
     cdef readonly str path
+    cdef readonly bint has_path
 
     def __cinit__(self):
         self.fd = -1
@@ -134,21 +139,23 @@ cdef class Source:
             os.close(self.fd)
 
     @staticmethod
-    def from_fd(int fd, str path, bint seek_holes):
+    def from_fd(int fd, str path, bint has_path, bint seek_holes):
         """Takes the descriptor over, and closes it with the object. seek_holes: its position is nobody else's."""
         cdef Source self = Source.__new__(Source)
         self.fd = fd
         self.path = path
+        self.has_path = has_path
         self.c = _core.fq_source_fd(fd, seek_holes)
         if self.c == NULL:
             raise MemoryError
         return self
 
     @staticmethod
-    def from_file(file, str path):
+    def from_file(file, str path, bint has_path):
         cdef Source self = Source.__new__(Source)
         self.file = file
         self.path = path
+        self.has_path = has_path
         self.lock = threading.Lock()
         self.c = _core.fq_source_callback(read_file, <void *>self, file.seek(0, os.SEEK_END))
         if self.c == NULL:

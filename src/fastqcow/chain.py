@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fastqcow import _inflate, header
 from fastqcow._reader import Reader, Source
@@ -25,6 +25,9 @@ __all__ = ["Layer", "Options", "open_chain"]
 
 DEPTH_MAX = 200
 TABLE_CACHE_NBYTES = 8 << 20
+if TYPE_CHECKING:
+    BackingRule: TypeAlias = Literal[False] | Path | BinaryFile | None
+
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
@@ -32,7 +35,7 @@ _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 class Options:
     """How to open an image; see `fastqcow.open`."""
 
-    backing: Literal[False] | Path | BinaryFile | None
+    backing: BackingRule
     threads: int
     cache_size: int
     engine: Literal["libdeflate", "libz"]
@@ -60,28 +63,41 @@ def open_chain(source: Path | BinaryFile, options: Options) -> Layer:
         PolicyError: a layer names a file that the rule does not allow.
         OSError: a layer's file cannot be opened or read.
     """
-    return _open_layer(open_source(source), "qcow2", options, ())
+    files: list[tuple[Source, Header | None]] = []
+    seen: set[object] = set()
+    opened: Source | None = open_source(source)
+    fmt: str | None = "qcow2"
+    rule = options.backing
+    while opened is not None:
+        identity = _identity(opened)
+        if identity in seen:
+            raise FormatError("the backing chain comes back to this file", path=opened.path)
+        if len(seen) == DEPTH_MAX:
+            raise FormatError(f"the backing chain is deeper than {DEPTH_MAX} files", path=opened.path)
+        seen.add(identity)
+        head = _read_header(opened, fmt)
+        files.append((opened, head))
+        opened, rule = _open_backing(opened, head, rule)
+        fmt = head.backing_format if head else None
+    layer = None
+    for opened, head in reversed(files):
+        layer = _open_layer(opened, head, layer, options)
+    assert layer is not None
+    return layer
 
 
 def _identity(source: Source) -> object:
     """What tells that two layers are the same file."""
-    try:
-        st = os.stat(source.path)
-    except (OSError, ValueError):
+    if not source.has_path:
         return source
+    st = os.stat(source.path)
     return st.st_dev, st.st_ino
 
 
-def _open_layer(source: Source, fmt: str | None, options: Options, above: tuple[object, ...]) -> Layer:
-    """`above` holds the identities of the layers that led here."""
-    identity = _identity(source)
-    if identity in above:
-        raise FormatError("the backing chain comes back to this file", path=source.path)
-    if len(above) >= DEPTH_MAX:
-        raise FormatError(f"the backing chain is deeper than {DEPTH_MAX} files", path=source.path)
-    sizes = {"threads": options.threads, "cluster_cache_nbytes": options.cache_size, "table_cache_nbytes": TABLE_CACHE_NBYTES}
+def _read_header(source: Source, fmt: str | None) -> Header | None:
+    """The header of a layer that is said to be of a format; None if that is raw."""
     if fmt == "raw":
-        return Layer(Reader.raw(source, **sizes), None, None)
+        return None
     if fmt is None and source.pread(4, 0) != header.MAGIC:
         raise FormatError(
             "the image above does not say what format this backing file has, and it is not qcow2; its format is not guessed",
@@ -94,7 +110,13 @@ def _open_layer(source: Source, fmt: str | None, options: Options, above: tuple[
         raise UnsupportedError("encrypted images are not supported yet", path=source.path)
     if head.has_data_file:
         raise UnsupportedError("images with an external data file are not supported yet", path=source.path)
-    below = _open_backing(source, head, options, (*above, identity))
+    return head
+
+
+def _open_layer(source: Source, head: Header | None, below: Layer | None, options: Options) -> Layer:
+    sizes = {"threads": options.threads, "cluster_cache_nbytes": options.cache_size, "table_cache_nbytes": TABLE_CACHE_NBYTES}
+    if head is None:
+        return Layer(Reader.raw(source, **sizes), None, None)
     reader = Reader.qcow2(
         source,
         below.reader if below else None,
@@ -102,7 +124,7 @@ def _open_layer(source: Source, fmt: str | None, options: Options, above: tuple[
         cluster_bits=head.cluster_bits,
         extended_l2=head.extended_l2,
         codec=options.codec(head.compression_type),
-        size=head.size,
+        size=head.disk_size,
         l1_off=head.l1_off,
         l1_entries=head.l1_entries,
         **sizes,
@@ -110,39 +132,45 @@ def _open_layer(source: Source, fmt: str | None, options: Options, above: tuple[
     return Layer(reader, head, below)
 
 
-def _open_backing(source: Source, head: Header, options: Options, above: tuple[object, ...]) -> Layer | None:
-    rule = options.backing
-    if head.backing_name is None or rule is False:
-        return None
+def _open_backing(source: Source, head: Header | None, rule: BackingRule) -> tuple[Source | None, BackingRule]:
+    """The backing file, and the rule for the one below it."""
+    if head is None or head.backing_name is None or rule is False:
+        return None, rule
     if rule is None or rule == "follow":
-        path = backing_path(source.path, head.backing_name)
+        path = backing_path(source, head.backing_name)
         if rule is None:
-            _refuse_outside(source.path, path)
-        return _open_layer(open_source(path), head.backing_format, options, above)
+            _refuse_outside(source, path)
+        return open_source(path), rule
     # The caller's file stands for this image's backing file; what that one names is under the safe rule again.
-    return _open_layer(open_source(rule), head.backing_format, replace(options, backing=None), above)
+    return open_source(rule), None
 
 
-def backing_path(image: str, name: str) -> str:
+def backing_path(image: Source, name: str) -> str:
     """The path that an image's backing file name stands for: relative names count from the image's directory.
 
     Raises:
-        PolicyError: the name is not a path.
+        PolicyError: the name is not a path, or is relative to a directory that is not known.
     """
     if name.startswith("file:"):
         name = name.removeprefix("file:")
     elif _PROTOCOL.match(name):
         raise PolicyError(
-            f"the backing file {name!r} is not a plain path, and is not opened; give the file with backing=", path=image
+            f"the backing file {name!r} is not a plain path, and is not opened; give the file with backing=", path=image.path
         )
-    return os.path.join(os.path.dirname(image), name)
+    if not image.has_path and not os.path.isabs(name):
+        raise PolicyError(
+            f"the backing file {name!r} lies beside the image, which was opened from a file object without a path; "
+            "give the file with backing=",
+            path=image.path,
+        )
+    return os.path.join(os.path.dirname(image.path), name) if image.has_path else name
 
 
-def _refuse_outside(image: str, path: str) -> None:
-    directory = os.path.dirname(os.path.realpath(image))
-    if os.path.commonpath((directory, os.path.realpath(path))) != directory:
+def _refuse_outside(image: Source, path: str) -> None:
+    directory = os.path.dirname(os.path.realpath(image.path))
+    if not image.has_path or os.path.commonpath((directory, os.path.realpath(path))) != directory:
         raise PolicyError(
             f"the backing file {path!r} lies outside of the image's directory, and is not opened; "
             "allow it with backing='follow', or give the file with backing=",
-            path=image,
+            path=image.path,
         )

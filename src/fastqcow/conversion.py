@@ -74,7 +74,7 @@ def convert(
     with contextlib.ExitStack() as stack:
         image = src if isinstance(src, Image) else stack.enter_context(open_image(src, threads=threads))
         reader = image._open_reader()
-        if os.path.exists(target) and os.path.samestat(os.stat(target), _stat(image.name)):
+        if reader.source.has_path and os.path.exists(target) and os.path.samefile(target, image.name):
             raise ValueError(f"{image.name}: the image cannot be its own target")
         inflated_before = reader.stats()["clusters_inflated"]
         fd, reads_zero = stack.enter_context(_in_place(target, image.size) if _keep(target, in_place) else _replaced(target))
@@ -96,13 +96,6 @@ def convert(
         report(image.size)
         inflated = reader.stats()["clusters_inflated"] - inflated_before
         return Conversion(image.name, os.fsdecode(dst), image.size, written, inflated, time.perf_counter() - started)
-
-
-def _stat(path: str) -> os.stat_result:
-    try:
-        return os.stat(path)
-    except (OSError, ValueError):
-        return os.stat_result((0,) * 10)
 
 
 def _keep(target: str, in_place: bool) -> bool:

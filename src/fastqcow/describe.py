@@ -31,7 +31,7 @@ def info(source: Path | BinaryFile) -> dict[str, Any]:
 def layer_info(source: Source, header: Header) -> dict[str, Any]:
     """The fields of qemu-img's ImageInfo (qapi/block-core.json)."""
     result: dict[str, Any] = {
-        "virtual-size": header.size,
+        "virtual-size": header.disk_size,
         "filename": source.path,
         "cluster-size": header.cluster_size,
         "format": "qcow2",
@@ -43,7 +43,7 @@ def layer_info(source: Source, header: Header) -> dict[str, Any]:
         result["encrypted"] = True
     if header.backing_name is not None:
         result["backing-filename"] = header.backing_name
-        result["full-backing-filename"] = _full_backing_name(source.path, header.backing_name)
+        result["full-backing-filename"] = _full_backing_name(source, header.backing_name)
         if header.backing_format is not None:
             result["backing-filename-format"] = header.backing_format
     return result
@@ -51,13 +51,10 @@ def layer_info(source: Source, header: Header) -> dict[str, Any]:
 
 def _actual_size(source: Source) -> int:
     """Bytes that the file takes on its disk; for a file object, its length."""
-    try:
-        return os.stat(source.path).st_blocks * 512
-    except (OSError, ValueError):
-        return source.size
+    return os.stat(source.path).st_blocks * 512 if source.has_path else source.size
 
 
-def _full_backing_name(image: str, name: str) -> str:
+def _full_backing_name(image: Source, name: str) -> str:
     try:
         return backing_path(image, name)
     except PolicyError:

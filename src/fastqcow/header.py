@@ -111,6 +111,11 @@ class Header:
         return 1 << self.cluster_bits
 
     @property
+    def disk_size(self) -> int:
+        """Bytes of the disk: whole sectors of 512 bytes, as QEMU counts them, where `size` is no multiple."""
+        return self.size & ~511
+
+    @property
     def extended_l2(self) -> bool:
         return bool(self.incompatible & EXTENDED_L2)
 
@@ -269,7 +274,7 @@ class _Parser:
         name = header[off : off + nbytes]
         if len(name) < nbytes:
             raise self.bad("the backing file name runs past the first cluster, or the file's end", off, nbytes)
-        return name.decode("utf-8", "surrogateescape")
+        return _c_string(name)
 
     def extensions(self, header: bytes, off: int, end: int) -> _Extensions:
         """Walk the extensions. Each step moves on by at least 8 bytes, and none leaves the first cluster."""
@@ -291,12 +296,12 @@ class _Parser:
 
     def extension(self, found: _Extensions, magic: int, data: bytes, off: int) -> None:
         if magic == EXT_BACKING_FORMAT:
-            found.backing_format = data.decode("utf-8", "surrogateescape")
+            found.backing_format = _c_string(data)
         elif magic == EXT_DATA_FILE:
-            found.data_file_name = data.decode("utf-8", "surrogateescape")
+            found.data_file_name = _c_string(data)
         elif magic == EXT_FEATURE_NAMES:
             rows = (data[i : i + 48] for i in range(0, len(data) - 47, 48))
-            found.features = [Feature(r[0], r[1], r[2:].split(b"\0")[0].decode("utf-8", "replace")) for r in rows]
+            found.features = [Feature(r[0], r[1], _c_string(r[2:])) for r in rows]
         elif magic == EXT_BITMAPS:
             if len(data) != 24:
                 raise self.bad("the bitmaps extension has not 24 bytes", off, len(data))
@@ -308,6 +313,11 @@ class _Parser:
             found.crypto = CryptoHeader(*struct.unpack(">QQ", data))
         else:
             found.unknown.append(UnknownExtension(magic, data))
+
+
+def _c_string(data: bytes) -> str:
+    """A string ends at its first zero byte, if it has one; bytes that are no UTF-8 come through, as in file names."""
+    return data.split(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 class _Extensions:

@@ -6,7 +6,7 @@ import io
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from fastqcow import _reader
 from fastqcow.chain import Layer, Options, open_chain
@@ -15,7 +15,7 @@ from fastqcow.describe import layer_info
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from fastqcow._types import BinaryFile, Path, Writable
+    from fastqcow._types import BinaryFile, Path, Readable, Writable
     from fastqcow.header import Header
 
 __all__ = ["Extent", "Image", "open"]
@@ -80,7 +80,7 @@ class Image(io.RawIOBase):
     @property
     def size(self) -> int:
         """Bytes of the virtual disk."""
-        return self._header.size
+        return self._header.disk_size
 
     @property
     def header(self) -> Header:
@@ -165,6 +165,9 @@ class Image(io.RawIOBase):
             count = reader.preadv((buffer,), self._position)
             self._position += count
         return count
+
+    def write(self, buffer: Readable, /) -> NoReturn:
+        raise io.UnsupportedOperation("images are read-only")
 
     # About the image
 

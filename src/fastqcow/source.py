@@ -28,23 +28,24 @@ def open_source(source: Path | BinaryFile) -> Source:
     """
     if isinstance(source, (str, bytes, os.PathLike)):
         path = os.fsdecode(source)
-        return _from_fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, seek_holes=True)
+        return _from_fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, has_path=True, own=True)
     if not (hasattr(source, "read") and hasattr(source, "seek")):
         raise TypeError(f"a path or an open binary file is needed, not {type(source).__name__}")
     if isinstance(source, io.TextIOBase):
         raise TypeError("the file is open in text mode; open it with mode 'rb'")
-    path = _name_of(source)
+    if not getattr(source, "readable", lambda: True)():
+        raise io.UnsupportedOperation("the file is not open for reading")
+    path, has_path = _name_of(source)
     plain = source.raw if isinstance(source, (io.BufferedReader, io.BufferedRandom)) else source
     if type(plain) is io.FileIO:
-        if not plain.readable():
-            raise io.UnsupportedOperation(f"{path}: the file is not open for reading")
         if isinstance(source, io.BufferedRandom):
             source.flush()
-        return _from_fd(os.dup(plain.fileno()), path, seek_holes=False)
-    return Source.from_file(source, path)
+        return _from_fd(os.dup(plain.fileno()), path, has_path=has_path, own=False)
+    return Source.from_file(source, path, has_path)
 
 
-def _from_fd(fd: int, path: str, *, seek_holes: bool) -> Source:
+def _from_fd(fd: int, path: str, *, has_path: bool, own: bool) -> Source:
+    """own: nobody else uses the descriptor's position, so it may be moved to look for holes."""
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
@@ -54,9 +55,12 @@ def _from_fd(fd: int, path: str, *, seek_holes: bool) -> Source:
     except BaseException:
         os.close(fd)
         raise
-    return Source.from_fd(fd, path, seek_holes)
+    return Source.from_fd(fd, path, has_path, own)
 
 
-def _name_of(file: object) -> str:
+def _name_of(file: object) -> tuple[str, bool]:
+    """What to call a file object, and whether that is the path of a file. Some are called what they like, or a number."""
     name = getattr(file, "name", None)
-    return os.fsdecode(name) if isinstance(name, (str, bytes, os.PathLike)) else f"<{type(file).__name__}>"
+    if not isinstance(name, (str, bytes, os.PathLike)):
+        return f"<{type(file).__name__}>", False
+    return os.fsdecode(name), os.path.exists(name)

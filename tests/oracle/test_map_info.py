@@ -1,7 +1,7 @@
 """`map` and `info` say what qemu-img says, field for field.
 
-Known differences: newer versions of qemu-img list `compressed` in a map, and `children` in an info; each side is compared on the fields
-that this qemu-img knows.
+Known differences: newer versions of qemu-img list `compressed` in a map, and `children` in an info; each side is compared on
+the fields that this qemu-img knows.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Qemu
-from images import mixed, text
 
 import fastqcow
+from conftest import Qemu
 from fastqcow.cli import main
+from images import mixed, text
 
 IMAGES = ["empty", "v2", "zlib", "zstd", "extended", "overlay", "short-base", "deep", "raw-holes", "wide-refcounts", "512"]
 
@@ -94,8 +94,8 @@ def test_map(qemu: Qemu, image: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def merged(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Without the field `compressed`, where this qemu-img lacks it, a compressed cluster and a plain one can still not be merged: only one
-    has an offset. So nothing is to be done but to drop the field."""
+    """Without the field `compressed`, where this qemu-img lacks it, a compressed cluster and a plain one can still not be
+    merged: only one has an offset. So nothing is to be done but to drop the field."""
     if theirs and "compressed" in theirs[0]:
         return ours
     return [{key: value for key, value in extent.items() if key != "compressed"} for extent in ours]

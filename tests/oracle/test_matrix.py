@@ -8,10 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Qemu
-from images import mixed, noise, text
 
 import fastqcow
+from conftest import Qemu
+from images import mixed, noise, text
 
 GEOMETRIES = [
     (512, False),
@@ -71,10 +71,10 @@ def test_every_way_to_read(qemu: Qemu, tmp_path: Path, geometry: tuple[int, bool
 
 def check_scattered(image: fastqcow.Image, expected: bytes, offset: int, nbytes: int, rng: random.Random) -> None:
     """Buffers with odd borders, empty ones among them, get the same bytes; what lies beyond the disk stays as it was."""
-    buffers = []
-    while sum(map(len, buffers)) < nbytes:
+    buffers: list[bytearray] = []
+    while sum(len(b) for b in buffers) < nbytes:
         buffers.append(bytearray(b"\xaa" * rng.choice((0, 1, 511, 513, 4096, 33_333, 70_000))))
-    room = sum(map(len, buffers))
+    room = sum(len(b) for b in buffers)
     got = image.preadv(buffers, offset)
     assert got == min(room, len(expected) - offset)
     assert b"".join(buffers) == (expected[offset : offset + room] + b"\xaa" * (room - got))

@@ -1,7 +1,7 @@
 """Odd and damaged images: fastqcow reads what QEMU reads, and refuses what QEMU refuses.
 
-Where fastqcow differs on purpose, the case says why. QEMU takes the bytes that a truncated file has lost for zeroes: then it gives them
-out, or takes them for a part of the compressed stream.
+Where fastqcow differs on purpose, the case says why. QEMU takes the bytes that a truncated file has lost for zeroes: then it
+gives them out, or takes them for a part of the compressed stream.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zstandard
+
+import fastqcow
 from conftest import Qemu
 from images import (
     COPIED,
@@ -28,8 +31,6 @@ from images import (
     text,
 )
 
-import fastqcow
-
 CLUSTER = 1 << 16
 AT = PAYLOAD * CLUSTER
 TEXT = text(CLUSTER)
@@ -42,7 +43,9 @@ class Case:
     differs: str = ""  # why that is not what QEMU does
 
 
-def one_stream(stream: bytes, *, at: int = AT, sectors_of: int | None = None, zstd: bool = False, after: bytes | None = None) -> bytes:
+def one_stream(
+    stream: bytes, *, at: int = AT, sectors_of: int | None = None, zstd: bool = False, after: bytes | None = None
+) -> bytes:
     """An image of one compressed cluster. sectors_of: the length that the entry speaks of; after: what follows the stream."""
     entry = compressed_entry(at, len(stream) if sectors_of is None else sectors_of, 16)
     after = bytes(1024) if after is None else after
@@ -55,11 +58,11 @@ def unfinished(data: bytes) -> bytes:
     return encoder.compress(data) + encoder.flush(zlib.Z_SYNC_FLUSH)
 
 
-def frame(data: bytes, **options: int | bool) -> bytes:
+def frame(data: bytes, **options: Any) -> bytes:
     return zstandard.ZstdCompressor(**options).compress(data)
 
 
-def streamed_frame(data: bytes, **options: int | bool) -> bytes:
+def streamed_frame(data: bytes, **options: Any) -> bytes:
     """A frame that does not say how long its contents are."""
     encoder = zstandard.ZstdCompressor(write_content_size=False, **options).compressobj()
     return encoder.compress(data) + encoder.flush()
@@ -81,7 +84,9 @@ DEFLATE = {
     "no end mark, but the cluster is full": Case(one_stream(unfinished(TEXT) + deflate(b"more")), TEXT),
     "no end mark, and zeroes after it": Case(one_stream(unfinished(TEXT)), None),
     "no end mark, and no bytes after it": Case(
-        one_stream(unfinished(TEXT), after=b""), TEXT, "all of the cluster is there; QEMU adds zeroes to the stream, which make it invalid"
+        one_stream(unfinished(TEXT), after=b""),
+        TEXT,
+        "all of the cluster is there; QEMU adds zeroes to the stream, which make it invalid",
     ),
     "goes on past the cluster": Case(one_stream(deflate(TEXT + b"more" * 99)), TEXT),
     "goes on past the cluster with a match": Case(one_stream(deflate(b"a" * (CLUSTER + 5000))), b"a" * CLUSTER),
@@ -108,7 +113,9 @@ ZSTD = {
     "sectors run past the end of the file": Case(one_stream(frame(TEXT), sectors_of=60_000, after=b"", zstd=True), TEXT),
     "bytes after the frame": Case(one_stream(frame(TEXT), sectors_of=60_000, after=noise(30_000), zstd=True), TEXT),
     "several frames": Case(one_stream(frame(TEXT[:999]) + frame(TEXT[999:50_000]) + frame(TEXT[50_000:]), zstd=True), TEXT),
-    "several frames without a content size": Case(one_stream(streamed_frame(TEXT[:999]) + streamed_frame(TEXT[999:]), zstd=True), TEXT),
+    "several frames without a content size": Case(
+        one_stream(streamed_frame(TEXT[:999]) + streamed_frame(TEXT[999:]), zstd=True), TEXT
+    ),
     "an empty frame between": Case(one_stream(frame(TEXT[:999]) + frame(b"") + frame(TEXT[999:]), zstd=True), TEXT),
     "a skippable frame before": Case(one_stream(SKIPPABLE + frame(TEXT), zstd=True), TEXT),
     "a skippable frame between": Case(one_stream(frame(TEXT[:999]) + SKIPPABLE + frame(TEXT[999:]), zstd=True), TEXT),

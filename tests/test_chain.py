@@ -1,0 +1,215 @@
+"""Backing chains: which files are opened, and what an overlay shows of them."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastqcow
+from conftest import Qemu
+from images import PAYLOAD, build, data_entry, noise
+
+CLUSTER = 65536
+BASE, TOP = noise(2 * CLUSTER, 1), noise(CLUSTER, 2)
+
+
+def overlay(name: str, fmt: str | None = "raw", clusters: int = 3) -> bytes:
+    """The second cluster is the overlay's own."""
+    return build([0, data_entry(PAYLOAD * CLUSTER)] + [0] * (clusters - 2), TOP, backing=(name, fmt))
+
+
+EXPECTED = BASE[:CLUSTER] + TOP + bytes(CLUSTER)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "images"
+    (folder / "below").mkdir(parents=True)
+    for place in (folder, folder / "below", tmp_path):
+        (place / "base.raw").write_bytes(BASE)
+    return folder
+
+
+def write(folder: Path, name: str, image: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(image)
+    return path
+
+
+def test_base_beside_the_image(folder: Path) -> None:
+    path = write(folder, "top.qcow2", overlay("base.raw"))
+    with fastqcow.open(path) as image:
+        assert image.read() == EXPECTED
+
+
+@pytest.mark.parametrize("name", ["below/base.raw", "./base.raw", "below/../base.raw", "file:base.raw"])
+def test_names_that_stay_inside(folder: Path, name: str) -> None:
+    with fastqcow.open(write(folder, "top.qcow2", overlay(name))) as image:
+        assert image.read() == EXPECTED
+
+
+def test_absolute_name_inside(folder: Path) -> None:
+    with fastqcow.open(write(folder, "top.qcow2", overlay(str(folder / "base.raw")))) as image:
+        assert image.read() == EXPECTED
+
+
+def test_relative_path_of_the_image(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(folder, "top.qcow2", overlay("base.raw"))
+    monkeypatch.chdir(folder)
+    with fastqcow.open("top.qcow2") as image:
+        assert image.read() == EXPECTED
+
+
+@pytest.mark.parametrize("name", ["../base.raw", "below/../../base.raw", "/etc/passwd"])
+def test_names_that_lead_out(folder: Path, name: str) -> None:
+    path = write(folder, "top.qcow2", overlay(name))
+    with pytest.raises(fastqcow.PolicyError, match="backing='follow'") as caught:
+        fastqcow.open(path)
+    assert caught.value.path == str(path)
+    with fastqcow.open(path, backing="follow") as image:
+        assert image.size == 3 * CLUSTER
+
+
+def test_symbolic_link_that_leads_out(folder: Path) -> None:
+    (folder / "link.raw").symlink_to(folder.parent / "base.raw")
+    path = write(folder, "top.qcow2", overlay("link.raw"))
+    with pytest.raises(fastqcow.PolicyError):
+        fastqcow.open(path)
+    with fastqcow.open(path, backing="follow") as image:
+        assert image.read() == EXPECTED
+
+
+def test_symbolic_link_to_the_image(folder: Path, tmp_path: Path) -> None:
+    """The directory that counts is the one the image really lies in; names are relative to the one it was opened by, as for QEMU."""
+    write(folder, "top.qcow2", overlay("base.raw"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "top.qcow2").symlink_to(folder / "top.qcow2")
+    with pytest.raises((fastqcow.PolicyError, FileNotFoundError)):
+        fastqcow.open(tmp_path / "other" / "top.qcow2")
+
+
+@pytest.mark.parametrize(
+    "name", ["json:{}", "nbd://localhost:1/x", "http://localhost/x", "host_device:/dev/null", "fat:/etc", "ssh:x", "file://x"]
+)
+@pytest.mark.parametrize("rule", [None, "follow"])
+def test_protocols_are_never_opened(folder: Path, name: str, rule: Any) -> None:
+    path = write(folder, "top.qcow2", overlay(name))
+    with pytest.raises((fastqcow.PolicyError, FileNotFoundError)):
+        fastqcow.open(path, backing=rule)
+    with fastqcow.open(path, backing=False) as image:
+        assert image.read() == bytes(CLUSTER) + TOP + bytes(CLUSTER)
+
+
+def test_file_given_by_the_caller(folder: Path, tmp_path: Path) -> None:
+    path = write(folder, "top.qcow2", overlay("json:{}"))
+    with fastqcow.open(path, backing=tmp_path / "base.raw") as image:
+        assert image.read() == EXPECTED
+    with fastqcow.open(path, backing=io.BytesIO(BASE)) as image:
+        assert image.read() == EXPECTED
+    with fastqcow.open(io.BytesIO(path.read_bytes()), backing=io.BytesIO(BASE)) as image:
+        assert image.read() == EXPECTED
+
+
+def test_file_object_has_no_directory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing says where an image lies that comes out of memory, so nothing lies beside it."""
+    monkeypatch.chdir(folder)
+    for name in ("base.raw", str(folder / "base.raw")):
+        with pytest.raises(fastqcow.PolicyError):
+            fastqcow.open(io.BytesIO(overlay(name)))
+    with fastqcow.open(io.BytesIO(overlay(str(folder / "base.raw"))), backing="follow") as image:
+        assert image.read() == EXPECTED
+
+
+def test_missing_base(folder: Path) -> None:
+    path = write(folder, "top.qcow2", overlay("none.raw"))
+    with pytest.raises(FileNotFoundError) as caught:
+        fastqcow.open(path)
+    assert caught.value.filename == str(folder / "none.raw")
+    assert fastqcow.info(path)["backing-filename"] == "none.raw"
+
+
+def test_format_is_not_guessed(folder: Path) -> None:
+    with pytest.raises(fastqcow.FormatError, match="not guessed"):
+        fastqcow.open(write(folder, "top.qcow2", overlay("base.raw", None)))
+    write(folder, "mid.qcow2", overlay("base.raw"))
+    with fastqcow.open(write(folder, "top.qcow2", overlay("mid.qcow2", None))) as image:
+        assert image.read() == BASE[:CLUSTER] + TOP + bytes(CLUSTER)
+
+
+def test_raw_is_raw_even_if_it_looks_like_qcow2(folder: Path) -> None:
+    write(folder, "guest.raw", overlay("/etc/passwd"))
+    with fastqcow.open(write(folder, "top.qcow2", overlay("guest.raw", "raw"))) as image:
+        assert image.pread(4, 0) == b"QFI\xfb"
+
+
+def test_other_formats(folder: Path) -> None:
+    with pytest.raises(fastqcow.UnsupportedError, match="vmdk"):
+        fastqcow.open(write(folder, "top.qcow2", overlay("base.raw", "vmdk")))
+
+
+def test_loops(folder: Path) -> None:
+    path = write(folder, "self.qcow2", overlay("self.qcow2", "qcow2"))
+    with pytest.raises(fastqcow.FormatError, match="comes back"):
+        fastqcow.open(path)
+    write(folder, "a.qcow2", overlay("b.qcow2", "qcow2"))
+    with pytest.raises(fastqcow.FormatError, match="comes back"):
+        fastqcow.open(write(folder, "b.qcow2", overlay("below/../a.qcow2", "qcow2")))
+    os.link(folder / "a.qcow2", folder / "c.qcow2")
+    with pytest.raises(fastqcow.FormatError, match="comes back"):
+        fastqcow.open(folder / "c.qcow2")
+
+
+def test_depth(folder: Path) -> None:
+    write(folder, "0.qcow2", build([data_entry(PAYLOAD * 512)], b"x" * 512, cluster_bits=9))
+    for i in range(1, 201):
+        write(folder, f"{i}.qcow2", build([0], backing=(f"{i - 1}.qcow2", "qcow2"), cluster_bits=9))
+    with fastqcow.open(folder / "199.qcow2") as image:
+        assert image.read() == b"x" * 512
+        assert next(image.map()).depth == 199
+    with pytest.raises(fastqcow.FormatError, match="deeper than 200"):
+        fastqcow.open(folder / "200.qcow2")
+
+
+def test_error_names_the_layer(folder: Path) -> None:
+    write(folder, "mid.qcow2", build([data_entry(999 * CLUSTER)]))
+    path = write(folder, "top.qcow2", build([0], backing=("mid.qcow2", "qcow2")))
+    with fastqcow.open(path) as image, pytest.raises(fastqcow.FormatError) as caught:
+        image.read()
+    assert caught.value.path == str(folder / "mid.qcow2")
+    assert (caught.value.guest_off, caught.value.host_off) == (0, 999 * CLUSTER)
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (lambda: _with(32, b"\0\0\0\2"), "encrypted"),
+        (lambda: _with(72, b"\0\0\0\0\0\0\0\4"), "external data file"),
+    ],
+)
+def test_not_yet(tmp_path: Path, image: Any, reason: str) -> None:
+    path = write(tmp_path, "disk.qcow2", image())
+    with pytest.raises(fastqcow.UnsupportedError, match=reason):
+        fastqcow.open(path)
+    assert fastqcow.info(path)["format"] == "qcow2"
+
+
+def _with(offset: int, data: bytes) -> bytes:
+    image = build([0])
+    return image[:offset] + data + image[offset + len(data) :]
+
+
+@pytest.mark.parametrize("base_size", [0, 1, 511, 5000, 65536, 100_000, 300_000])
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+def test_base_of_another_size(qemu: Qemu, tmp_path: Path, base_size: int, fmt: str) -> None:
+    raw, base, path = tmp_path / "b.raw", tmp_path / f"b.{fmt}", tmp_path / "top.qcow2"
+    raw.write_bytes(noise(base_size))
+    if fmt == "qcow2":
+        qemu.img("convert", "-f", "raw", "-O", "qcow2", "-c", raw, base)
+    qemu.img("create", "-q", "-f", "qcow2", "-b", base, "-F", fmt, path, "192k")
+    qemu.io(path, "write -P 3 100k 4k")
+    with fastqcow.open(path) as image:
+        assert image.read() == qemu.read(path)
