@@ -84,7 +84,7 @@ def test_symbolic_link_that_leads_out(folder: Path) -> None:
 
 
 def test_symbolic_link_to_the_image(folder: Path, tmp_path: Path) -> None:
-    """The directory that counts is the one the image really lies in; names are relative to the one it was opened by, as for QEMU."""
+    """The directory that counts is the one the image really lies in; a name counts from the one it was opened by, as for QEMU."""
     write(folder, "top.qcow2", overlay("base.raw"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "top.qcow2").symlink_to(folder / "top.qcow2")

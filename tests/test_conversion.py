@@ -1,0 +1,258 @@
+"""convert: the bytes, the holes, and what is left of the target when something goes wrong."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import fastqcow
+from images import PAYLOAD, ZERO, build, compressed_entry, data_entry, deflate, noise, text
+
+CLUSTER = 65536
+AT = PAYLOAD * CLUSTER
+STREAM = deflate(text(CLUSTER // 2) + bytes(CLUSTER // 2))
+PLAIN = noise(8192) + bytes(8192) + noise(CLUSTER - 16384)
+IMAGE = build([compressed_entry(AT, len(STREAM), 16), ZERO, data_entry(AT + CLUSTER), 0], STREAM.ljust(CLUSTER, b"\0") + PLAIN)
+CONTENTS = text(CLUSTER // 2) + bytes(CLUSTER // 2) + bytes(CLUSTER) + PLAIN + bytes(CLUSTER)
+DAMAGED = build([compressed_entry(AT, 3000, 16)] * 3, b"\xff" * 3000)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(IMAGE)
+    return path
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "out" / "disk.raw"
+
+
+@pytest.fixture(autouse=True)
+def out_folder(out: Path) -> None:
+    out.parent.mkdir()
+
+
+def test_report(path: Path, out: Path) -> None:
+    done = fastqcow.convert(path, out)
+    assert out.read_bytes() == CONTENTS
+    assert (done.source, done.target, done.virtual_size, done.clusters_inflated) == (str(path), str(out), len(CONTENTS), 1)
+    assert done.bytes_written == CLUSTER // 2 + CLUSTER - 8192
+    assert done.seconds > 0
+
+
+@pytest.mark.parametrize(
+    "source", [str, Path, lambda p: io.BytesIO(p.read_bytes()), fastqcow.open], ids=["str", "Path", "file", "Image"]
+)
+def test_sources(path: Path, out: Path, source: Any) -> None:
+    fastqcow.convert(source(path), str(out))
+    assert out.read_bytes() == CONTENTS
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_threads(path: Path, out: Path, threads: int) -> None:
+    fastqcow.convert(path, out, threads=threads)
+    assert out.read_bytes() == CONTENTS
+
+
+def test_an_open_image_stays_open(path: Path, out: Path) -> None:
+    with fastqcow.open(path) as image:
+        image.seek(5)
+        fastqcow.convert(image, out)
+        assert image.tell() == 5
+        assert image.pread(10, 0) == CONTENTS[:10]
+
+
+@pytest.mark.parametrize(("sparse_size", "allocated"), [(0, len(CONTENTS)), (4096, 90112), (65536, 131072)])
+def test_holes(path: Path, out: Path, sparse_size: int, allocated: int) -> None:
+    fastqcow.convert(path, out, sparse_size=sparse_size)
+    assert out.read_bytes() == CONTENTS
+    taken = out.stat().st_blocks * 512
+    if taken % 4096 == 0 and os.statvfs(out).f_bsize == 4096:
+        assert abs(taken - allocated) <= 8192
+
+
+@pytest.mark.parametrize("sparse_size", [-512, 1, 1000])
+def test_bad_sparse_size(path: Path, out: Path, sparse_size: int) -> None:
+    with pytest.raises(ValueError, match="multiple of 512"):
+        fastqcow.convert(path, out, sparse_size=sparse_size)
+
+
+def test_other_formats_are_refused(path: Path, out: Path) -> None:
+    with pytest.raises(ValueError, match="vmdk"):
+        fastqcow.convert(path, out, format="vmdk")
+
+
+def test_progress(path: Path, out: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    fastqcow.convert(path, out, progress=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (len(CONTENTS), len(CONTENTS))
+    assert seen == sorted(seen)
+
+
+def leftovers(out: Path) -> list[str]:
+    return sorted(p.name for p in out.parent.iterdir())
+
+
+def test_failure_leaves_nothing(path: Path, out: Path) -> None:
+    path.write_bytes(DAMAGED)
+    with pytest.raises(fastqcow.FormatError):
+        fastqcow.convert(path, out)
+    assert leftovers(out) == []
+
+
+def test_failure_leaves_the_old_target(path: Path, out: Path) -> None:
+    path.write_bytes(DAMAGED)
+    out.write_bytes(b"precious")
+    with pytest.raises(fastqcow.FormatError):
+        fastqcow.convert(path, out)
+    assert out.read_bytes() == b"precious"
+    assert leftovers(out) == ["disk.raw"]
+
+
+def test_progress_that_raises_stops_it(tmp_path: Path, out: Path) -> None:
+    class Stop(Exception):  # noqa: N818 - it is no error
+        pass
+
+    def progress(done: int, total: int) -> None:
+        raise Stop
+
+    with pytest.raises(Stop):
+        fastqcow.convert(io.BytesIO(IMAGE), out, progress=progress)
+    assert leftovers(out) == []
+
+
+def test_existing_target_is_replaced_and_keeps_its_mode(path: Path, out: Path) -> None:
+    out.write_bytes(bytes(99))
+    out.chmod(0o640)
+    fastqcow.convert(path, out)
+    assert out.read_bytes() == CONTENTS
+    assert stat.S_IMODE(out.stat().st_mode) == 0o640
+
+
+def test_new_target_gets_the_usual_mode(path: Path, out: Path) -> None:
+    mask = os.umask(0o027)
+    try:
+        fastqcow.convert(path, out)
+    finally:
+        os.umask(mask)
+    assert stat.S_IMODE(out.stat().st_mode) == 0o640
+
+
+def test_target_behind_a_link(path: Path, out: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(out)
+    fastqcow.convert(path, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert out.read_bytes() == CONTENTS
+
+
+def test_image_is_not_its_own_target(path: Path) -> None:
+    for source in (path, fastqcow.open(path)):
+        with pytest.raises(ValueError, match="its own target"):
+            fastqcow.convert(source, path)
+    assert path.read_bytes() == IMAGE
+
+
+def test_no_such_directory(path: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        fastqcow.convert(path, tmp_path / "none" / "disk.raw")
+    assert caught.value.filename == str(tmp_path / "none" / "disk.raw")
+
+
+def test_in_place_overwrites_everything(path: Path, out: Path) -> None:
+    out.write_bytes(b"\xaa" * (len(CONTENTS) + 1000))
+    inode = out.stat().st_ino
+    fastqcow.convert(path, out, in_place=True)
+    assert out.read_bytes() == CONTENTS + b"\xaa" * 1000
+    assert out.stat().st_ino == inode
+    out.write_bytes(b"\xaa" * len(CONTENTS))
+    fastqcow.convert(path, out, in_place=True, sparse_size=0)
+    assert out.read_bytes() == CONTENTS
+
+
+def test_in_place_needs_room_and_a_target(path: Path, out: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        fastqcow.convert(path, out, in_place=True)
+    out.write_bytes(bytes(1000))
+    with pytest.raises(ValueError, match="has 1000 bytes"):
+        fastqcow.convert(path, out, in_place=True)
+    assert out.read_bytes() == bytes(1000)
+
+
+def test_devices_are_written_in_place(path: Path) -> None:
+    fastqcow.convert(path, "/dev/null")
+    with pytest.raises(OSError, match="No space left") as caught:
+        fastqcow.convert(path, "/dev/full")
+    assert caught.value.filename == "/dev/full"
+
+
+def test_block_device(path: Path, tmp_path: Path) -> None:
+    """A loop device, where the machine lets one be made."""
+    disk = tmp_path / "device.img"
+    disk.write_bytes(b"\xaa" * (len(CONTENTS) + CLUSTER))
+    made = subprocess.run(["losetup", "--find", "--show", disk], capture_output=True, text=True, check=False)
+    if made.returncode != 0:
+        pytest.skip(f"no loop devices here: {made.stderr.strip()}")
+    device = made.stdout.strip()
+    try:
+        fastqcow.convert(path, device)
+        assert stat.S_ISBLK(Path(device).stat().st_mode)
+        assert Path(device).read_bytes() == CONTENTS + b"\xaa" * CLUSTER
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_disk_without_room(path: Path, out: Path) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            fastqcow.convert(path, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert leftovers(out) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_leave_nothing_half_done(tmp_path: Path, out: Path, number: signal.Signals, code: int) -> None:
+    """A conversion of many gigabytes, stopped in the middle: at once, with one line, and without a trace."""
+    entries = [compressed_entry(AT, len(STREAM), 16)] * 8192
+    path = tmp_path / "large.qcow2"
+    path.write_bytes(build(entries, STREAM, size=1 << 39, l1=[(1 << 63) | 3 * CLUSTER] * 1024))
+    out.write_bytes(b"precious")
+    process = subprocess.Popen([sys.executable, "-m", "fastqcow", "convert", path, out], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while len(leftovers(out)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    process.send_signal(number)
+    started = time.monotonic()
+    _, stderr = process.communicate(timeout=20)
+    assert time.monotonic() - started < 5
+    assert process.returncode == code
+    assert "Traceback" not in stderr
+    assert stderr.count("\n") <= 1
+    assert out.read_bytes() == b"precious"
+    assert leftovers(out) == ["disk.raw"]
+
+
+def test_empty_disk_of_8_tib(tmp_path: Path, out: Path) -> None:
+    """Nothing is read, and nothing written, for what nobody wrote. (ext4 has files of up to 16 TiB.)"""
+    path = tmp_path / "empty.qcow2"
+    path.write_bytes(build([], size=8 << 40, cluster_bits=21, l1=[0] * 16))
+    done = fastqcow.convert(path, out)
+    assert (done.bytes_written, out.stat().st_size, out.stat().st_blocks) == (0, 8 << 40, 0)

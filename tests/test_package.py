@@ -1,0 +1,61 @@
+"""The package as it is installed: what it brings, what it imports, what it says of itself."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.resources
+import json
+import subprocess
+import sys
+import sysconfig
+
+import pytest
+
+import fastqcow
+
+
+def test_version() -> None:
+    assert importlib.metadata.version("fastqcow") == fastqcow.__version__
+
+
+def test_all_is_there() -> None:
+    assert sorted(fastqcow.__all__) == list(fastqcow.__all__)
+    for name in fastqcow.__all__:
+        assert getattr(fastqcow, name).__doc__, name
+
+
+def test_typing_files_are_installed() -> None:
+    files = {file.name for file in importlib.resources.files(fastqcow).iterdir()}
+    assert {"py.typed", "_reader.pyi", "_inflate.pyi", "_l2.pyi"} <= files
+
+
+@pytest.mark.parametrize("module", ["_reader", "_inflate", "_l2"])
+def test_stubs_name_what_the_modules_have(module: str) -> None:
+    stub = (importlib.resources.files(fastqcow) / f"{module}.pyi").read_text()
+    built = getattr(__import__(f"fastqcow.{module}"), module)
+    for node in ast.parse(stub).body:
+        if isinstance(node, ast.FunctionDef):
+            assert callable(getattr(built, node.name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            assert isinstance(getattr(built, node.target.id), int)
+        elif isinstance(node, ast.ClassDef) and hasattr(built, node.name):
+            for member in node.body:
+                if isinstance(member, ast.FunctionDef):
+                    assert hasattr(getattr(built, node.name), member.name), f"{node.name}.{member.name}"
+
+
+def test_import_needs_the_standard_library_alone() -> None:
+    code = "import sys, json; before = set(sys.modules); import fastqcow; print(json.dumps(sorted(set(sys.modules) - before)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = {name.split(".")[0] for name in json.loads(done.stdout)}
+    # Cython puts the types that its modules share into one of its own making.
+    others = {
+        name for name in imported - sys.stdlib_module_names - {"fastqcow"} if not name.startswith(("_cython_", "cython_runtime"))
+    }
+    assert others == set()
+
+
+@pytest.mark.skipif(not sysconfig.get_config_var("Py_GIL_DISABLED"), reason="this interpreter has a GIL")
+def test_the_gil_stays_off() -> None:
+    assert not sys._is_gil_enabled()  # type: ignore[attr-defined]
