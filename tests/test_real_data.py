@@ -40,7 +40,7 @@ def test_from_a_gzipped_copy(boot: tuple[Path, str], tmp_path: Path) -> None:
 
 
 def test_convert_command(boot: tuple[Path, str], tmp_path: Path) -> None:
-    """In a process of its own, whose memory is bounded. (Not by getrusage, which counts the memory of the process that started it.)"""
+    """In a process of its own, whose memory is bounded. (getrusage would count the memory of the process that started it.)"""
     code = (
         "import sys; from fastqcow.cli import main; code = main(sys.argv[1:]);"
         "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0]); sys.exit(code)"

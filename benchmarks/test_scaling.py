@@ -1,0 +1,84 @@
+"""Workload: one, two and more threads at the same work, in one process: into memory, and to a file.
+
+The limit: the same clusters inflated from memory by as many threads, with nothing around it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+import fastqcow
+from conftest import Alternating
+
+CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+THREADS = [n for n in (1, 2, 4, 8, 16) if n <= CPUS]
+PIECE = 4 << 20
+
+
+def most_threads_first(call: Callable[[int], Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    return {f"{n} threads": call(n) for n in reversed(THREADS)}
+
+
+def test_read_into_memory(alternating: Alternating, image: Path) -> None:
+    """By preadv of 4 MiB into one buffer; and, the limit, fastqcow.inflate_into on the streams in memory."""
+    buffer = bytearray(PIECE)
+
+    def read(threads: int) -> Callable[[], object]:
+        disk = fastqcow.open(image, threads=threads)
+
+        def run() -> None:
+            for offset in range(0, disk.size, PIECE):
+                disk.preadv([buffer], offset)
+
+        return run
+
+    peers = most_threads_first(read)
+    peers[f"limit, {THREADS[-1]} threads"] = bare_inflation(image, THREADS[-1])
+    alternating(peers)
+
+
+def bare_inflation(path: Path, threads: int) -> Callable[[], object]:
+    """Inflate all compressed clusters, whose streams are in memory already, on so many threads."""
+    raw = path.read_bytes()
+    with fastqcow.open(path) as disk:
+        header = disk.header
+    streams = []
+    for i in range(header.l1_entries):
+        l2_off = int.from_bytes(raw[header.l1_off + 8 * i :][:8], "big") & 0x00FF_FFFF_FFFF_FE00
+        if l2_off:
+            table = fastqcow.parse_l2(raw[l2_off : l2_off + header.cluster_size], cluster_bits=header.cluster_bits)
+            streams += [raw[off : off + n] for off, n in zip(table.host_off, table.in_nbytes, strict=True) if n]
+    shares = [streams[i::threads] for i in range(threads)]
+    method: Literal["zlib", "zstd"] = "zstd" if header.compression_type == "zstd" else "zlib"
+
+    def inflate(share: list[bytes]) -> None:
+        out = bytearray(header.cluster_size)
+        for stream in share:
+            fastqcow.inflate_into(stream, out, method)
+
+    pool = ThreadPoolExecutor(threads)
+    return lambda: list(pool.map(inflate, shares))
+
+
+@pytest.mark.parametrize("engine", ["libdeflate", "libz"])
+def test_convert_to_a_file(alternating: Alternating, zlib_image: Path, tmp_path: Path, engine: str) -> None:
+    numbers = itertools.count()
+
+    def convert(threads: int) -> Callable[[], object]:
+        disk = fastqcow.open(zlib_image, threads=threads, engine=engine)  # type: ignore[arg-type]
+
+        def run() -> None:
+            out = tmp_path / str(next(numbers))
+            fastqcow.convert(disk, out)
+            out.unlink()
+
+        return run
+
+    alternating(most_threads_first(convert))
