@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from alternating import Alternating
 
-from conftest import Alternating
+pytest_plugins = ["alternating"]
 
 
 def test_convert(alternating: Alternating, image: Path, tmp_path: Path) -> None:

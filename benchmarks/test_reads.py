@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from alternating import Alternating
 
 import fastqcow
-from conftest import Alternating
+
+pytest_plugins = ["alternating"]
 
 
 @pytest.fixture(scope="module")

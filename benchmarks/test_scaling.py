@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from alternating import Alternating
 
 import fastqcow
-from conftest import Alternating
+
+pytest_plugins = ["alternating"]
 
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 THREADS = [n for n in (1, 2, 4, 8, 16) if n <= CPUS]
