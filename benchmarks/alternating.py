@@ -1,4 +1,4 @@
-"""What the suites share, as a pytest plugin: images to work on, and runs that take turns.
+"""What the suites share: images to work on, and runs that take turns.
 
 A machine's speed drifts, by more than what is to be measured. So peers are not timed one after the other: each round runs every
 peer once, in an order that changes, and what counts is the median, over the rounds, of each peer's time over the subject's.

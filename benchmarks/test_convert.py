@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 from alternating import Alternating
 
-pytest_plugins = ["alternating"]
-
 
 def test_convert(alternating: Alternating, image: Path, tmp_path: Path) -> None:
     if not shutil.which("qemu-img"):

@@ -15,8 +15,6 @@ from alternating import Alternating
 
 import fastqcow
 
-pytest_plugins = ["alternating"]
-
 
 @pytest.fixture(scope="module")
 def raw(zlib_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
