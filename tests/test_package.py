@@ -6,9 +6,12 @@ import ast
 import importlib.metadata
 import importlib.resources
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +46,26 @@ def test_stubs_name_what_the_modules_have(module: str) -> None:
             for member in node.body:
                 if isinstance(member, ast.FunctionDef):
                     assert hasattr(getattr(built, node.name), member.name), f"{node.name}.{member.name}"
+
+
+def test_sdist_holds_every_source(tmp_path: Path) -> None:
+    """What it takes to build and to test: setuptools leaves out whatever it does not know, such as Cython's files."""
+    checkout = Path(__file__).parents[1]
+    pytest.importorskip("Cython")
+    tracked = subprocess.run(["git", "-C", checkout, "ls-files"], capture_output=True, text=True, check=False)
+    if tracked.returncode != 0:
+        pytest.skip("this is no git checkout")
+    copy = tmp_path / "copy"
+    for name in tracked.stdout.splitlines():
+        if (checkout / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(checkout / name, copy / name)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path]
+    subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True)
+    with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
+        held = {name.split("/", 1)[-1] for name in sdist.getnames()}
+    wanted = {name for name in tracked.stdout.splitlines() if not name.startswith(".")}
+    assert wanted - held - {"MANIFEST.in"} == set()
 
 
 def test_import_needs_the_standard_library_alone() -> None:
