@@ -60,7 +60,7 @@ def test_sdist_holds_every_source(tmp_path: Path) -> None:
         if (checkout / name).is_file():
             (copy / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(checkout / name, copy / name)
-    command = [sys.executable, "setup.py", "-q", "sdist", "-d", tmp_path]
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", str(tmp_path)]
     subprocess.run(command, cwd=copy, check=True, capture_output=True, text=True)
     with tarfile.open(next(tmp_path.glob("*.tar.gz"))) as sdist:
         held = {name.split("/", 1)[-1] for name in sdist.getnames()}

@@ -1,12 +1,13 @@
 # cython: freethreading_compatible = True
 """An L2 table's bytes to columns, for readers that walk tables themselves."""
 
-from array import array
-
+from cpython cimport array
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 
 from fastqcow cimport _core
 from fastqcow._core cimport fq_geometry, fq_l2_parse, uint8_t, uint32_t, uint64_t
+
+import array
 
 
 # The values of `kind`; from INVALID on, INVALID + a status code of the core, which sentence() words.
@@ -27,9 +28,7 @@ def sentence(int kind):
 def parse(table, int cluster_bits, bint extended, int version):
     cdef fq_geometry geometry
     cdef Py_buffer view
-    cdef uint8_t[::1] kind
-    cdef uint64_t[::1] host_off
-    cdef uint32_t[::1] in_nbytes
+    cdef array.array kind, host_off, in_nbytes
     cdef size_t entries, rows
 
     if not 9 <= cluster_bits <= 21 or (extended and cluster_bits < 14):
@@ -46,11 +45,19 @@ def parse(table, int cluster_bits, bint extended, int version):
             raise ValueError(f"the table has {view.len} bytes, which is not a multiple of {16 if extended else 8}")
         entries = <size_t>view.len // (16 if extended else 8)
         rows = entries * (32 if extended else 1)
-        kinds, offsets, lengths = array("B", bytes(rows)), array("Q", bytes(8 * rows)), array("I", bytes(4 * rows))
-        if rows:
-            kind, host_off, in_nbytes = kinds, offsets, lengths
-            with nogil:
-                fq_l2_parse(&geometry, <const uint8_t *>view.buf, entries, &kind[0], &host_off[0], &in_nbytes[0])
+        # The C types are those of the typecodes on every platform that has wheels: char, long long and int.
+        kind = array.clone(array.array("B"), rows, False)
+        host_off = array.clone(array.array("Q"), rows, False)
+        in_nbytes = array.clone(array.array("I"), rows, False)
+        with nogil:
+            fq_l2_parse(
+                &geometry,
+                <const uint8_t *>view.buf,
+                entries,
+                <uint8_t *>kind.data.as_uchars,
+                <uint64_t *>host_off.data.as_ulonglongs,
+                <uint32_t *>in_nbytes.data.as_uints,
+            )
     finally:
         PyBuffer_Release(&view)
-    return kinds, offsets, lengths
+    return kind, host_off, in_nbytes
