@@ -190,8 +190,10 @@ static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch,
     for (size_t i = 0; i < b->count; i++) {
         const fq_run *run = &b->runs[i];
 
-        b->hit[i] = is_whole(run) ? fq_cache_peek(run->layer->clusters, run->layer->owner, run->entry) : NULL;
-        if (is_whole(run) && !b->hit[i])
+        if (!is_whole(run))
+            continue;
+        b->hit[i] = fq_cache_peek(run->layer->clusters, run->layer->owner, run->entry);
+        if (!b->hit[i])
             capacity += run->in_nbytes + MERGE_GAP;
     }
     if (!fq_scratch_grow(&scratch->in, &scratch->in_capacity, capacity))

@@ -140,7 +140,7 @@ typedef struct fq_job fq_job;
 fq_status fq_batch_fetch(fq_job *job, fq_batch *batch, fq_scratch *scratch, const fq_dest *dest, fq_error *error);
 /* Inflate what was fetched, and fill in the zeroes. */
 fq_status fq_batch_inflate(fq_job *job, fq_batch *batch, fq_scratch *scratch, const fq_dest *dest, fq_error *error);
-/* Unpin. To be called after fetch, whatever came of it. */
+/* Unpin what fetch has pinned, if it did. */
 void fq_batch_release(fq_batch *batch);
 
 /* ---- reader.c: a job is a guest range that threads work off in batches */

@@ -149,6 +149,7 @@ static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
             return FQ_OK;
         if (run->nbytes > room && run->kind != FQ_COMPRESSED && !(job->write && fq_run_reads_zero(run)))
             run->nbytes = room;
+        b->hit[b->count] = NULL;
         b->count++;
         b->nbytes += run->nbytes;
         job->cursor += run->nbytes;
@@ -195,52 +196,38 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     fq_iovec buffer = {0};
     fq_dest own = {&buffer, 1, 0};
     const fq_dest *dest = job->dest ? job->dest : &own;
-    bool locked = true, zeroes;
+    const bool ordered = job->reader->ordered;
+    bool zeroes; /* nothing to read: write() makes them itself */
     fq_error error;
     fq_status status;
 
     pthread_mutex_lock(&job->lock);
     status = plan(job, b, &error);
-    if (b->count == 0) {
+    if (b->count == 0)
         job->cursor = job->end; /* after an error: nobody else needs to meet it */
+    zeroes = b->count == 0 || (job->write && fq_run_reads_zero(&b->runs[0]));
+    if (!ordered)
         pthread_mutex_unlock(&job->lock);
-        if (status != FQ_OK)
-            fail_job(job, &error);
-        return false;
+    if (!zeroes && !job->dest) {
+        if (!fq_scratch_grow(&scratch->gather, &scratch->gather_capacity, (size_t)b->nbytes))
+            status = fq_fail(&error, FQ_ERR_NOMEM, b->guest_off, FQ_NOWHERE, FQ_NOWHERE);
+        buffer = (fq_iovec){scratch->gather, (size_t)b->nbytes, 0};
+        own.guest_off = b->guest_off;
     }
-    if (!job->reader->ordered) {
+    if (!zeroes && status == FQ_OK)
+        status = fq_batch_fetch(job, b, scratch, dest, &error);
+    if (ordered)
         pthread_mutex_unlock(&job->lock);
-        locked = false;
-    }
-    zeroes = job->write && fq_run_reads_zero(&b->runs[0]);
-    if (!zeroes) {
-        if (!job->dest) {
-            if (fq_scratch_grow(&scratch->gather, &scratch->gather_capacity, (size_t)b->nbytes)) {
-                buffer = (fq_iovec){scratch->gather, (size_t)b->nbytes, 0};
-                own.guest_off = b->guest_off;
-            } else {
-                status = fq_fail(&error, FQ_ERR_NOMEM, b->guest_off, FQ_NOWHERE, FQ_NOWHERE);
-            }
-        }
-        if (status == FQ_OK) {
-            status = fq_batch_fetch(job, b, scratch, dest, &error);
-            if (locked) {
-                pthread_mutex_unlock(&job->lock);
-                locked = false;
-            }
-            if (status == FQ_OK)
-                status = fq_batch_inflate(job, b, scratch, dest, &error);
-            fq_batch_release(b);
-        }
-    }
-    if (locked)
-        pthread_mutex_unlock(&job->lock);
-    if (status == FQ_OK && job->write)
-        status = job->write(job, b->guest_off, zeroes ? NULL : buffer.base, b->nbytes, &error);
+
+    if (!zeroes && status == FQ_OK)
+        status = fq_batch_inflate(job, b, scratch, dest, &error);
+    fq_batch_release(b);
+    if (status == FQ_OK && job->write && b->count > 0)
+        status = job->write(job, b->guest_off, buffer.base, b->nbytes, &error);
     if (status != FQ_OK)
         fail_job(job, &error);
     atomic_fetch_add(&job->done_nbytes, b->nbytes);
-    return true;
+    return b->count > 0;
 }
 
 static void work(void *arg, bool is_caller)

@@ -16,16 +16,27 @@ struct fq_source {
     bool seek_holes;
     fq_read_fn read;
     void *opaque;
-    uint64_t nbytes; /* of a callback */
+    bool is_file;
+    uint64_t nbytes; /* of a device, or of what a callback stands for; a file may change its length */
 };
 
 fq_source *fq_source_fd(int fd, bool seek_holes)
 {
     fq_source *s = calloc(1, sizeof(*s));
+    struct stat st;
 
-    if (s) {
-        s->fd = fd;
-        s->seek_holes = seek_holes;
+    if (!s)
+        return NULL;
+    s->fd = fd;
+    s->seek_holes = seek_holes;
+    s->is_file = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
+    if (!s->is_file) {
+        /* A block device has no st_size. Its position is put back, as it may be somebody else's too. */
+        const off_t before = lseek(fd, 0, SEEK_CUR), end = lseek(fd, 0, SEEK_END);
+
+        s->nbytes = end > 0 ? (uint64_t)end : 0;
+        if (before >= 0)
+            lseek(fd, before, SEEK_SET);
     }
     return s;
 }
@@ -53,18 +64,11 @@ bool fq_source_ordered(const fq_source *s)
     return s->fd < 0;
 }
 
-/* A block device has no st_size; seeking to its end tells, and moves a position that nobody uses. */
 uint64_t fq_source_size(const fq_source *s)
 {
     struct stat st;
-    off_t end;
 
-    if (s->fd < 0)
-        return s->nbytes;
-    if (fstat(s->fd, &st) == 0 && S_ISREG(st.st_mode))
-        return (uint64_t)st.st_size;
-    end = lseek(s->fd, 0, SEEK_END);
-    return end > 0 ? (uint64_t)end : 0;
+    return s->is_file && fstat(s->fd, &st) == 0 ? (uint64_t)st.st_size : s->nbytes;
 }
 
 fq_status fq_source_read(fq_source *s, const fq_request *request, uint8_t *buf, size_t nbytes, uint64_t host_off, size_t *got,

@@ -6,15 +6,14 @@ safe: a Reader holds its source and its backing reader, and a call holds the Rea
 it lets that read finish; the last one out frees.
 """
 
-import os
-import threading
-
+cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
 from libc.stddef cimport ptrdiff_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
+from posix.unistd cimport close
 
 from fastqcow cimport _core
 from fastqcow._core cimport (
@@ -32,6 +31,9 @@ from fastqcow._core cimport (
     uint32_t,
     uint64_t,
 )
+
+import os
+import threading
 
 from fastqcow import errors
 
@@ -67,9 +69,16 @@ cdef int poll(void *user, uint64_t done_nbytes) noexcept with gil:
         if request.progress is not None:
             request.progress(done_nbytes)
     except BaseException as e:
-        request.exception = e
+        note(request, e)
         return 1
     return 0
+
+
+cdef void note(Request request, exception) noexcept:
+    """Keep what a callback raised; of several threads' exceptions the first."""
+    with cython.critical_section(request):
+        if request.exception is None:
+            request.exception = exception
 
 
 cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept with gil:
@@ -78,7 +87,7 @@ cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, 
         return source.read_file(buf, nbytes, host_off)
     except BaseException as e:
         if user != NULL:
-            (<Request>user).exception = e
+            note(<Request>user, e)
         return -1
 
 
@@ -86,8 +95,9 @@ cdef int check(fq_status status, const fq_error *error, Request request, list pa
     """Raise what a status stands for. `paths` names the layers of the chain by depth."""
     if status == _core.FQ_OK:
         return 0
-    if request is not None and request.exception is not None and status in (_core.FQ_ERR_SOURCE, _core.FQ_ERR_CANCELLED):
-        # The request's object stays with its caller's frame, which the traceback holds: do not close the circle.
+    if request is not None and request.exception is not None:
+        # It comes before what the core has to say: a Ctrl-C is not lost because some thread met damage at the same time. And the
+        # request stays with its caller's frame, which the traceback holds: do not close the circle.
         exception, request.exception = request.exception, None
         raise exception
     if status == _core.FQ_ERR_READ or status == _core.FQ_ERR_WRITE:
@@ -136,7 +146,7 @@ cdef class Source:
     def __dealloc__(self):
         _core.fq_source_free(self.c)
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
 
     @staticmethod
     def from_fd(int fd, str path, bint has_path, bint seek_holes):

@@ -140,7 +140,8 @@ def _replaced(target: str) -> Iterator[tuple[int, bool]]:
             os.close(fd)
         os.replace(temporary, target)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
 
 
