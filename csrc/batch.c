@@ -8,6 +8,9 @@
  * cluster is looked for in the cache but not put there: it would cost a copy, and a long read would fill the cache with what is
  * not asked for again.
  *
+ * A compressed cluster that runs past the end of the file is inflated from the bytes that are there. QEMU adds zeroes to them, and so
+ * takes a stream that was cut for one that happens to go on with zeroes; here it is an error.
+ *
  * What a file can make us allocate here: scratch buffers of some twice the batch, as a descriptor can claim two cluster sizes of input.
  */
 #include "internal.h"
@@ -22,12 +25,17 @@ enum {
     BOUNCE_NBYTES = 256 << 10,
 };
 
-/* The place of an error in a run; the first byte that cannot be had. */
-static fq_status fail_in_run(fq_error *error, fq_status status, const fq_run *run, uint64_t host_off, uint64_t value)
+/* An error `done` bytes into a run. */
+static fq_status fail_at(fq_error *error, fq_status status, const fq_run *run, uint64_t done, uint64_t host_off, uint64_t value)
 {
-    fq_fail(error, status, run->guest_off, host_off, value);
+    fq_fail(error, status, run->guest_off + done, host_off, value);
     error->depth = run->depth;
     return status;
+}
+
+static fq_status fail_in_run(fq_error *error, fq_status status, const fq_run *run, uint64_t host_off, uint64_t value)
+{
+    return fail_at(error, status, run, 0, host_off, value);
 }
 
 static bool is_whole(const fq_run *run)
@@ -99,14 +107,13 @@ static fq_status read_data(fq_job *job, const fq_run *run, uint64_t done, uint8_
         const uint64_t size = fq_source_size(layer->source), mask = layer->raw ? 0 : fq_cluster_size(&layer->geometry) - 1;
         const uint64_t last = (host_off + nbytes - 1) & ~mask, first_lost = (size + mask) & ~mask;
 
+        /* A file object that has lost its end since, or a file that grows at this moment: where it ends is not known. */
+        if (host_off + got < size)
+            return fail_at(error, FQ_ERR_SHORT_READ, run, done + got, host_off + got, size);
         if (last >= size) {
-            fq_fail(error, FQ_ERR_CLUSTER_EOF, run->guest_off + done, host_off & ~mask, size);
-            if (first_lost > host_off) {
-                error->guest_off += first_lost - host_off;
-                error->host_off = first_lost;
-            }
-            error->depth = run->depth;
-            return FQ_ERR_CLUSTER_EOF;
+            const uint64_t lost = first_lost > host_off ? first_lost : host_off;
+
+            return fail_at(error, FQ_ERR_CLUSTER_EOF, run, lost - run->host_off, lost & ~mask, size);
         }
         memset(to + got, 0, nbytes - got);
     }
@@ -152,11 +159,11 @@ static fq_status inflate_run(const fq_run *run, fq_scratch *scratch, const uint8
     return FQ_OK;
 }
 
-/* Where in scratch->in the next compressed run's bytes go is known; read [from, to) of the batch's list, neighbours in the file, at once. */
-static fq_status fetch_group(fq_job *job, fq_batch *b, fq_scratch *scratch, size_t from, size_t to, uint64_t host_end, fq_error *error)
+/* Read the clusters among runs [from, to), neighbours in the file, with one read to scratch->in + at. */
+static fq_status fetch_group(fq_job *job, fq_batch *b, fq_scratch *scratch, size_t from, size_t to, size_t at, size_t nbytes,
+                             fq_error *error)
 {
     const fq_run *first = &b->runs[from];
-    const size_t at = b->in_used, nbytes = (size_t)(host_end - first->host_off);
     size_t got;
     fq_status status = fq_source_read(first->layer->source, job->request, scratch->in + at, nbytes, first->host_off, &got, error);
 
@@ -177,16 +184,14 @@ static fq_status fetch_group(fq_job *job, fq_batch *b, fq_scratch *scratch, size
         b->in_at[i] = at + rel;
         b->in_got[i] = got - rel < run->in_nbytes ? got - rel : run->in_nbytes;
     }
-    b->in_used += nbytes;
     return FQ_OK;
 }
 
 /* Fetch the clusters that are wanted whole and not cached: groups of neighbours with one read each. */
 static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch, fq_error *error)
 {
-    size_t capacity = 0;
+    size_t capacity = 0, used = 0;
 
-    b->in_used = 0;
     for (size_t i = 0; i < b->count; i++) {
         const fq_run *run = &b->runs[i];
 
@@ -219,9 +224,14 @@ static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch,
             if (more_end > end)
                 end = more_end;
         }
-        status = fetch_group(job, b, scratch, i, next, end, error);
+        if (b->by_caller)
+            fq_job_poll(job);
+        if (atomic_load(&job->cancelled))
+            return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
+        status = fetch_group(job, b, scratch, i, next, used, (size_t)(end - run->host_off), error);
         if (status != FQ_OK)
             return status;
+        used += (size_t)(end - run->host_off);
     }
     return FQ_OK;
 }
@@ -305,8 +315,8 @@ static fq_status read_whole_cluster(fq_batch *b, size_t i, fq_scratch *scratch, 
 }
 
 /*
- * The order matters: whole clusters first, out of scratch->in, which the parts of clusters then use again. Errors are therefore kept by
- * guest offset, so that a damaged image always gives the same one.
+ * The order matters: whole clusters first, out of scratch->in, which the parts of clusters then use again. Of several errors the one with
+ * the lowest guest offset counts.
  */
 fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {

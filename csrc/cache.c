@@ -20,7 +20,12 @@
 
 #include <stdlib.h>
 
-enum { MAX_SHARDS = 16, BLOCKS_PER_SHARD = 8, MAX_BUCKETS = 1 << 14 };
+enum {
+    MAX_SHARDS = 16,
+    BLOCKS_PER_SHARD = 8,      /* at least, of the largest blocks, so that one does not push out another */
+    BUCKET_NBYTES = 4 << 10,   /* one bucket for so much of the budget: few blocks are smaller, and then chains are short */
+    MAX_BUCKETS = 1 << 14,
+};
 
 typedef enum block_state { FILLING, READY, FAILED } block_state;
 
@@ -128,9 +133,9 @@ fq_cache *fq_cache_new(size_t budget_nbytes, size_t block_nbytes)
     pthread_once(&once, set_up);
     atomic_init(&c->refs, 1);
     atomic_init(&c->owners, 0);
-    c->shard_count = power_of_two_up_to(budget_nbytes / (block_nbytes * BLOCKS_PER_SHARD), MAX_SHARDS);
+    c->shard_count = power_of_two_up_to(budget_nbytes / BLOCKS_PER_SHARD / (block_nbytes ? block_nbytes : 1), MAX_SHARDS);
     c->shard_budget = budget_nbytes / c->shard_count;
-    c->bucket_count = power_of_two_up_to(c->shard_budget / block_nbytes, MAX_BUCKETS);
+    c->bucket_count = power_of_two_up_to(c->shard_budget / BUCKET_NBYTES, MAX_BUCKETS);
     for (unsigned i = 0; i < c->shard_count; i++) {
         shard *s = &c->shards[i];
 

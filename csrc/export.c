@@ -127,6 +127,7 @@ fq_status fq_export(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_
         return fq_fail(error, FQ_ERR_ARGUMENT, guest_off, FQ_NOWHERE, nbytes);
     fq_job_init(&job, r, guest_off, nbytes, request);
     job.write = write_batch;
+    job.zeroes_are_free = target->reads_zero;
     job.arg = &to;
     status = fq_job_run(&job, r->threads, error);
     *written = atomic_load(&to.written);

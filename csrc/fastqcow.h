@@ -29,6 +29,7 @@
     X(FQ_ERR_READ, "the file could not be read")                                                                                   \
     X(FQ_ERR_WRITE, "the target could not be written")                                                                             \
     X(FQ_ERR_SOURCE, "the file object failed to read")                                                                             \
+    X(FQ_ERR_SHORT_READ, "the file ended before the length that it has")                                                           \
     X(FQ_ERR_CANCELLED, "the caller asked to stop")                                                                                \
     X(FQ_ERR_L1_EOF, "the L1 table runs past the end of the file")                                                                 \
     X(FQ_ERR_L2_UNALIGNED, "the L1 entry points to an L2 table that is not aligned to a cluster")                                  \
@@ -160,6 +161,7 @@ typedef struct fq_reader_options {
     uint64_t size;               /* of the virtual disk */
     uint64_t l1_off;             /* of the active L1 table in the file */
     uint32_t l1_entries;
+    size_t largest_cluster;      /* of the chain, to size the caches' locks by */
     size_t cluster_cache_nbytes; /* bound on inflated clusters kept, and ... */
     size_t table_cache_nbytes;   /* ... on L2 tables kept; a reader with a backing reader uses that one's caches */
     unsigned threads;            /* at most this many threads work on one call, the calling one included */

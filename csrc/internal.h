@@ -45,15 +45,22 @@ bool fq_scratch_grow(uint8_t **buf, size_t *capacity, size_t nbytes);
 
 /* ---- pool.c: the process's worker threads */
 
-/* Run fn(arg) on this thread and on up to `helpers` others at the same time; returns when all have returned. */
-void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void *arg);
+/*
+ * Run fn(arg) on this thread and on up to `helpers` others at the same time; returns when all have returned. This thread, while it waits
+ * for the others, calls idle(arg) some 20 times a second.
+ */
+void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (*idle)(void *arg), void *arg);
+/* Wait on a condition for at most FQ_POLL_MS. */
+void fq_wait_briefly(pthread_cond_t *cond, pthread_mutex_t *lock);
+
+enum { FQ_POLL_MS = 50 };
 
 /* ---- cache.c: blocks of bytes by (owner, key), bounded, each made once */
 
 typedef struct fq_cache fq_cache;
 typedef struct fq_block fq_block;
 
-fq_cache *fq_cache_new(size_t budget_nbytes, size_t block_nbytes); /* block_nbytes: what most blocks will have */
+fq_cache *fq_cache_new(size_t budget_nbytes, size_t block_nbytes); /* block_nbytes: of the largest blocks */
 fq_cache *fq_cache_ref(fq_cache *cache);
 void fq_cache_unref(fq_cache *cache);
 uint32_t fq_cache_new_owner(fq_cache *cache);
@@ -73,6 +80,8 @@ void fq_cache_release(fq_cache *cache, fq_block *block, size_t from, size_t to);
 const uint8_t *fq_block_data(const fq_block *block);
 
 /* ---- reader.c, l2.c */
+
+enum { FQ_TABLE_SLICE_BITS = 16, FQ_TABLE_SLICE_NBYTES = 1 << FQ_TABLE_SLICE_BITS }; /* L2 tables are read so much at a time */
 
 struct fq_reader {
     fq_source *source;
@@ -119,8 +128,8 @@ enum { FQ_BATCH_RUNS = 64 };
 
 typedef struct fq_batch {
     uint64_t guest_off, nbytes;
+    bool by_caller; /* the calling thread does it, and has to poll */
     size_t count;
-    size_t in_used; /* bytes of scratch->in that hold this batch's compressed clusters */
     fq_run runs[FQ_BATCH_RUNS];
     fq_block *hit[FQ_BATCH_RUNS]; /* the cached cluster of a whole compressed run, if there is one */
     size_t in_at[FQ_BATCH_RUNS];  /* else where its bytes lie in scratch->in, ... */
@@ -151,18 +160,24 @@ struct fq_job {
     const fq_dest *dest;   /* where the bytes go; NULL: to write() */
     fq_status (*write)(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, fq_error *error); /* NULL: zeroes */
     void *arg;             /* for write() */
+    bool zeroes_are_free;  /* write() does nothing for zeroes: they need not be cut up */
     uint64_t batch_nbytes; /* claim about so much at a time */
     uint64_t end;
 
     pthread_mutex_t lock;
+    pthread_cond_t turn;
+    bool fetching; /* an ordered source is being read; the next one waits for its turn */
     uint64_t cursor; /* the first byte that nobody has claimed */
     fq_error error;  /* the first one by guest offset */
-    atomic_bool stop;
+    atomic_bool stop;      /* claim no more: what is claimed is finished, so that the lowest error is found */
+    atomic_bool cancelled; /* not even that */
     atomic_uint_fast64_t done_nbytes;
     uint64_t polled_at_ms;
 };
 
 void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_request *request);
+/* Ask the caller whether to go on, if it is time to; by the calling thread only. */
+void fq_job_poll(void *job);
 /* Work the job off with up to `threads` threads. */
 fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error);
 

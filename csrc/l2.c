@@ -6,12 +6,17 @@
  * long as the slice has it. Reading in slices also confines damage: a table cut short by the end of the file is an error only where it
  * is cut.
  *
- * A stretch without L2 tables is one run however long it is, which is what makes an empty disk of 64 TiB quick to walk.
+ * A stretch without L2 tables is walked by the L1 table alone, which is what makes an empty disk of 64 TiB quick to walk.
  */
 #include "internal.h"
 #include "layout.h"
 
-enum { SLICE_BITS_MAX = 16 };
+enum {
+    /* Nothing is looked at twice without need: a layer above others sees its run cut short by what they hold, and a run that is cut is
+       looked up again from there. So the look ahead is bounded: over a backing file narrowly, else so that it costs microseconds. */
+    LOOK_AHEAD_OVER_BACKING = 64,
+    LOOK_AHEAD_L1 = 4096,
+};
 
 typedef struct slice_fill {
     fq_reader *reader;
@@ -44,7 +49,7 @@ static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes
 {
     const fq_geometry *g = &r->geometry;
     const unsigned entry_bits = fq_l2_entry_bits(g), l2_bits = g->cluster_bits - entry_bits, unit_bits = fq_unit_bits(g);
-    const unsigned slice_bits = g->cluster_bits < SLICE_BITS_MAX ? g->cluster_bits : SLICE_BITS_MAX;
+    const unsigned slice_bits = g->cluster_bits < FQ_TABLE_SLICE_BITS ? g->cluster_bits : FQ_TABLE_SLICE_BITS;
     const uint64_t cluster_size = fq_cluster_size(g), unit_size = UINT64_C(1) << unit_bits;
     const unsigned l1_shift = g->cluster_bits + l2_bits;
     uint64_t l1_index = guest_off >> l1_shift;
@@ -64,9 +69,12 @@ static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes
     *run = (fq_run){.layer = r, .kind = FQ_UNALLOCATED, .guest_off = guest_off, .nbytes = nbytes, .host_off = FQ_NOWHERE};
     if (l2_off == 0) {
         covered = ((l1_index + 1) << l1_shift) - guest_off;
-        while (covered < nbytes && ++l1_index < r->l1_entries && (r->l1[l1_index] & FQ_L1_OFFSET_MASK) == 0)
+        for (unsigned n = r->backing ? LOOK_AHEAD_OVER_BACKING : LOOK_AHEAD_L1; covered < nbytes && n > 0; n--) {
+            if (++l1_index < r->l1_entries && (r->l1[l1_index] & FQ_L1_OFFSET_MASK) != 0)
+                break;
             covered += UINT64_C(1) << l1_shift;
-        if (covered < nbytes && l1_index < r->l1_entries)
+        }
+        if (covered < nbytes)
             run->nbytes = covered;
         return FQ_OK;
     }
@@ -98,13 +106,15 @@ static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes
         covered = cluster_size - run->skip;
     } else {
         const uint64_t in_cluster = guest_off & (cluster_size - 1);
+        const bool shows_backing = r->backing && (m.kind == FQ_UNALLOCATED || m.kind == FQ_UNALLOCATED_ALLOC);
+        unsigned units = shows_backing ? LOOK_AHEAD_OVER_BACKING : UINT32_MAX;
         uint64_t next_off = m.host_off + ((in_cluster >> unit_bits) + 1) * unit_size; /* where the next unit continues */
         fq_mapping next;
 
         if (m.host_off)
             run->host_off = m.host_off + in_cluster;
         covered = unit_size - (guest_off & (unit_size - 1));
-        while (covered < nbytes) {
+        while (covered < nbytes && --units > 0) {
             if (!g->extended_l2 || ++sub == FQ_SUBCLUSTERS) {
                 at += (size_t)1 << (entry_bits - 3);
                 sub = 0;

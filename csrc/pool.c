@@ -11,6 +11,7 @@
 #include "internal.h"
 
 #include <signal.h>
+#include <time.h>
 
 enum {
     MAX_WORKERS = 256,
@@ -116,7 +117,20 @@ static void start_workers(unsigned wanted)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void *arg)
+void fq_wait_briefly(pthread_cond_t *cond, pthread_mutex_t *held)
+{
+    struct timespec until;
+
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_nsec += FQ_POLL_MS * 1000000;
+    if (until.tv_nsec >= 1000000000) {
+        until.tv_sec++;
+        until.tv_nsec -= 1000000000;
+    }
+    pthread_cond_timedwait(cond, held, &until);
+}
+
+void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (*idle)(void *arg), void *arg)
 {
     pool_job job = {.fn = fn, .arg = arg, .wanted = helpers};
     pool_job **tail = &jobs;
@@ -143,8 +157,12 @@ void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void *
     pthread_mutex_lock(&lock);
     if (job.wanted > 0)
         unlist(&job);
-    while (job.active > 0 && forks == forks_before)
-        pthread_cond_wait(&job.idle, &lock);
+    while (job.active > 0 && forks == forks_before) {
+        fq_wait_briefly(&job.idle, &lock);
+        pthread_mutex_unlock(&lock);
+        idle(arg);
+        pthread_mutex_lock(&lock);
+    }
     pthread_mutex_unlock(&lock);
     pthread_cond_destroy(&job.idle);
 }

@@ -5,8 +5,8 @@
  * happens under the job's lock, since it costs next to nothing beside inflating. What a thread claims it fetches, inflates and
  * delivers itself (batch.c); nothing is handed from thread to thread.
  *
- * Sources that are streams (callbacks) are fetched under the lock too, so that their reads come in file order; inflating still runs
- * on all threads.
+ * Of sources that may be streams (callbacks), one thread fetches at a time, in its turn, so that the reads come in file order; inflating
+ * still runs on all threads.
  *
  * What a file can make us allocate here: the L1 table, bounded by the caller to 32 MiB, and the caches' budgets.
  */
@@ -21,10 +21,10 @@ enum {
     BATCH_NBYTES_MIN = 64 << 10,
     BATCH_NBYTES_MAX = 1 << 20,
     PARALLEL_DATA_NBYTES = 1 << 20, /* plain data worth a second thread */
-    POLL_EVERY_MS = 50,
+    ZEROES_NBYTES_MAX = 64 << 20, /* to be written at a time */
 };
 
-static fq_reader *new_reader(fq_source *source, fq_reader *backing, const fq_reader_options *o, size_t block_nbytes)
+static fq_reader *new_reader(fq_source *source, fq_reader *backing, const fq_reader_options *o)
 {
     fq_reader *r = calloc(1, sizeof(*r));
 
@@ -36,9 +36,8 @@ static fq_reader *new_reader(fq_source *source, fq_reader *backing, const fq_rea
     r->size = o->size;
     r->threads = o->threads ? o->threads : 1;
     r->ordered = fq_source_ordered(source) || (backing && backing->ordered);
-    r->tables = backing ? fq_cache_ref(backing->tables)
-                        : fq_cache_new(o->table_cache_nbytes, block_nbytes < (64 << 10) ? block_nbytes : 64 << 10);
-    r->clusters = backing ? fq_cache_ref(backing->clusters) : fq_cache_new(o->cluster_cache_nbytes, block_nbytes);
+    r->tables = backing ? fq_cache_ref(backing->tables) : fq_cache_new(o->table_cache_nbytes, FQ_TABLE_SLICE_NBYTES);
+    r->clusters = backing ? fq_cache_ref(backing->clusters) : fq_cache_new(o->cluster_cache_nbytes, o->largest_cluster);
     if (!r->tables || !r->clusters) {
         fq_reader_close(r);
         return NULL;
@@ -49,7 +48,7 @@ static fq_reader *new_reader(fq_source *source, fq_reader *backing, const fq_rea
 
 fq_status fq_reader_open_raw(fq_source *source, const fq_reader_options *o, fq_reader **out, fq_error *error)
 {
-    fq_reader *r = new_reader(source, NULL, o, 64 << 10);
+    fq_reader *r = new_reader(source, NULL, o);
 
     if (!r)
         return fq_fail(error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
@@ -69,7 +68,7 @@ fq_status fq_reader_open_qcow2(fq_source *source, fq_reader *backing, const fq_r
     if (o->geometry.cluster_bits < 9 || o->geometry.cluster_bits > 21 || (o->geometry.extended_l2 && o->geometry.cluster_bits < 14) ||
         o->size > INT64_MAX || (unsigned)o->geometry.codec >= FQ_CODEC_COUNT)
         return fq_fail(error, FQ_ERR_ARGUMENT, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
-    r = new_reader(source, backing, o, (size_t)fq_cluster_size(&o->geometry));
+    r = new_reader(source, backing, o);
     if (!r || !(r->l1 = malloc(l1_nbytes ? l1_nbytes : 1))) {
         status = fq_fail(error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
         goto fail;
@@ -121,11 +120,12 @@ void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nb
                     .end = guest_off + nbytes,
                     .error = {.status = FQ_OK}};
     pthread_mutex_init(&job->lock, NULL);
+    pthread_cond_init(&job->turn, NULL);
 }
 
 /*
  * Plan the next batch. Called with the lock. Compressed clusters are not cut, all other runs are cut where the batch is full. A batch to
- * be written is either all zeroes, and then of any length, or has none. A run that cannot be planned ends the batch before it; the next
+ * be written is either all zeroes, and then longer, or has none. A run that cannot be planned ends the batch before it; the next
  * claim meets it first, and fails.
  */
 static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
@@ -147,8 +147,12 @@ static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
         }
         if (job->write && b->count > 0 && fq_run_reads_zero(run) != fq_run_reads_zero(&b->runs[0]))
             return FQ_OK;
-        if (run->nbytes > room && run->kind != FQ_COMPRESSED && !(job->write && fq_run_reads_zero(run)))
+        if (job->write && fq_run_reads_zero(run)) {
+            if (!job->zeroes_are_free && run->nbytes > ZEROES_NBYTES_MAX)
+                run->nbytes = ZEROES_NBYTES_MAX;
+        } else if (run->nbytes > room && run->kind != FQ_COMPRESSED) {
             run->nbytes = room;
+        }
         b->hit[b->count] = NULL;
         b->count++;
         b->nbytes += run->nbytes;
@@ -174,19 +178,39 @@ static uint64_t now_ms(void)
     return (uint64_t)t.tv_sec * 1000 + (uint64_t)t.tv_nsec / 1000000;
 }
 
-static void poll_caller(fq_job *job)
+void fq_job_poll(void *arg)
 {
-    const uint64_t now = now_ms();
+    fq_job *job = arg;
+    uint64_t now;
 
+    if (!job->request || !job->request->poll)
+        return;
+    now = now_ms();
     if (job->polled_at_ms == 0)
         job->polled_at_ms = now;
-    if (now - job->polled_at_ms < POLL_EVERY_MS)
+    if (now - job->polled_at_ms < FQ_POLL_MS)
         return;
     job->polled_at_ms = now;
     if (job->request->poll(job->request->user, atomic_load(&job->done_nbytes))) {
         const fq_error stopped = {.status = FQ_ERR_CANCELLED, .guest_off = FQ_NOWHERE, .host_off = FQ_NOWHERE, .value = FQ_NOWHERE};
 
+        atomic_store(&job->cancelled, true);
         fail_job(job, &stopped);
+    }
+}
+
+/* Wait, with the lock, until no other thread fetches. The caller goes on polling. */
+static void await_turn(fq_job *job, bool is_caller)
+{
+    while (job->fetching) {
+        if (!is_caller) {
+            pthread_cond_wait(&job->turn, &job->lock);
+            continue;
+        }
+        fq_wait_briefly(&job->turn, &job->lock);
+        pthread_mutex_unlock(&job->lock);
+        fq_job_poll(job);
+        pthread_mutex_lock(&job->lock);
     }
 }
 
@@ -202,12 +226,20 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     fq_status status;
 
     pthread_mutex_lock(&job->lock);
+    if (ordered) {
+        await_turn(job, b->by_caller);
+        if (atomic_load(&job->stop)) {
+            pthread_mutex_unlock(&job->lock);
+            return false;
+        }
+        job->fetching = true;
+    }
     status = plan(job, b, &error);
     if (b->count == 0)
         job->cursor = job->end; /* after an error: nobody else needs to meet it */
+    pthread_mutex_unlock(&job->lock);
+
     zeroes = b->count == 0 || (job->write && fq_run_reads_zero(&b->runs[0]));
-    if (!ordered)
-        pthread_mutex_unlock(&job->lock);
     if (!zeroes && !job->dest) {
         if (!fq_scratch_grow(&scratch->gather, &scratch->gather_capacity, (size_t)b->nbytes))
             status = fq_fail(&error, FQ_ERR_NOMEM, b->guest_off, FQ_NOWHERE, FQ_NOWHERE);
@@ -216,8 +248,12 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     }
     if (!zeroes && status == FQ_OK)
         status = fq_batch_fetch(job, b, scratch, dest, &error);
-    if (ordered)
+    if (ordered) {
+        pthread_mutex_lock(&job->lock);
+        job->fetching = false;
+        pthread_cond_broadcast(&job->turn);
         pthread_mutex_unlock(&job->lock);
+    }
 
     if (!zeroes && status == FQ_OK)
         status = fq_batch_inflate(job, b, scratch, dest, &error);
@@ -236,6 +272,7 @@ static void work(void *arg, bool is_caller)
     fq_scratch *scratch = fq_scratch_get();
     fq_batch b;
 
+    b.by_caller = is_caller;
     if (!scratch) {
         const fq_error error = {.status = FQ_ERR_NOMEM, .guest_off = FQ_NOWHERE, .host_off = FQ_NOWHERE, .value = FQ_NOWHERE};
 
@@ -243,15 +280,16 @@ static void work(void *arg, bool is_caller)
         return;
     }
     while (!atomic_load(&job->stop) && work_once(job, scratch, &b))
-        if (is_caller && job->request && job->request->poll)
-            poll_caller(job);
+        if (is_caller)
+            fq_job_poll(job);
     fq_scratch_put(scratch);
 }
 
 fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error)
 {
-    fq_pool_run(threads > 1 ? threads - 1 : 0, work, job);
+    fq_pool_run(threads > 1 ? threads - 1 : 0, work, fq_job_poll, job);
     pthread_mutex_destroy(&job->lock);
+    pthread_cond_destroy(&job->turn);
     if (job->error.status != FQ_OK)
         *error = job->error;
     return job->error.status;
@@ -261,45 +299,56 @@ fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error)
 
 /*
  * Is there work for more than one thread? Two compressed clusters are, plain data of a certain size is, zeroes are not. Looks at a few
- * runs only, through tables that the read itself needs next; whatever goes wrong here goes wrong again there, and is reported there.
+ * runs only, through tables that the read itself needs next. What is wrong with the image is met again there, and reported there; a source
+ * that fails is not asked again.
  */
-static bool worth_threads(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_request *request)
+static fq_status worth_threads(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_request *request, bool *worth, fq_error *error)
 {
     uint64_t data = 0;
     int compressed = 0;
 
+    *worth = false;
     for (int i = 0; i < FQ_BATCH_RUNS && nbytes > 0; i++) {
-        fq_error ignored;
         fq_run run;
+        const fq_status status = fq_resolve(r, guest_off, nbytes, false, request, &run, error);
 
-        if (fq_resolve(r, guest_off, nbytes, false, request, &run, &ignored) != FQ_OK)
-            return false;
+        if (status != FQ_OK)
+            return status == FQ_ERR_SOURCE ? status : FQ_OK;
         compressed += run.kind == FQ_COMPRESSED;
         data += run.kind == FQ_DATA ? run.nbytes : 0;
-        if (compressed >= 2 || data >= PARALLEL_DATA_NBYTES)
-            return true;
+        if (compressed >= 2 || data >= PARALLEL_DATA_NBYTES) {
+            *worth = true;
+            return FQ_OK;
+        }
         guest_off += run.nbytes;
         nbytes -= run.nbytes;
     }
-    return nbytes >= PARALLEL_DATA_NBYTES;
+    *worth = nbytes >= PARALLEL_DATA_NBYTES;
+    return FQ_OK;
 }
 
 fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint64_t guest_off, const fq_request *request, fq_error *error)
 {
     const uint64_t nbytes = niov ? iov[niov - 1].start + iov[niov - 1].nbytes : 0;
     const fq_dest dest = {iov, niov, guest_off};
-    unsigned threads = r->threads;
+    unsigned threads = nbytes > BATCH_NBYTES_MIN ? r->threads : 1;
     fq_status status;
+    bool worth;
     fq_job job;
 
     if (guest_off > r->size || nbytes > r->size - guest_off)
         return fq_fail(error, FQ_ERR_ARGUMENT, guest_off, FQ_NOWHERE, nbytes);
     if (nbytes == 0)
         return FQ_OK;
+    if (threads > 1) {
+        status = worth_threads(r, guest_off, nbytes, request, &worth, error);
+        if (status != FQ_OK)
+            return status;
+        if (!worth)
+            threads = 1;
+    }
     fq_job_init(&job, r, guest_off, nbytes, request);
     job.dest = &dest;
-    if (threads > 1 && (nbytes <= BATCH_NBYTES_MIN || !worth_threads(r, guest_off, nbytes, request)))
-        threads = 1;
     /* Four batches a thread even out what one cluster costs more than another. */
     if (threads > 1 && nbytes / threads / 4 < job.batch_nbytes)
         job.batch_nbytes = nbytes / threads / 4 > BATCH_NBYTES_MIN ? nbytes / threads / 4 : BATCH_NBYTES_MIN;

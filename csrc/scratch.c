@@ -2,7 +2,7 @@
  * scratch.c - buffers and codec states that outlive one call
  *
  * A thread at work takes one from a list and puts it back when it is done, so there are never more than there were threads at work at
- * once, and the same thread finds its warm state again. A list under a lock rather than thread-local storage: callers are threads
+ * once, and the one that was used last, whose memory is warm, is used next. A list under a lock rather than thread-local storage: callers are threads
  * that we did not start, and would leave their state behind when they end.
  */
 #include "internal.h"
@@ -10,7 +10,7 @@
 #include <stdlib.h>
 
 enum {
-    KEPT_SCRATCHES = 64,
+    KEPT_SCRATCHES = 32,
     KEPT_NBYTES = 4 << 20, /* larger buffers, which only 2 MiB clusters need, are given back */
 };
 

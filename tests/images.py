@@ -56,7 +56,7 @@ def build(
         extensions += struct.pack(">II", 0xE2792ACA, len(backing[1])) + backing[1].encode().ljust(len(backing[1]) + 7 & ~7, b"\0")
     extensions += bytes(8)
     header_nbytes = 112 if version == 3 else 72
-    name = backing[0].encode() if backing else b""
+    name = backing[0].encode("utf-8", "surrogateescape") if backing else b""
     name_off = header_nbytes + len(extensions) if backing else 0
     head = struct.pack(
         ">4sIQIIQIIQQIIQ",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import pytest
 
 import fastqcow
 from conftest import Qemu
-from images import PAYLOAD, build, data_entry, noise
+from fastqcow.cli import main
+from images import PAYLOAD, ZERO, build, data_entry, noise
 
 CLUSTER = 65536
 BASE, TOP = noise(2 * CLUSTER, 1), noise(CLUSTER, 2)
@@ -122,6 +125,63 @@ def test_file_object_has_no_directory(folder: Path, monkeypatch: pytest.MonkeyPa
             fastqcow.open(io.BytesIO(overlay(name)))
     with fastqcow.open(io.BytesIO(overlay(str(folder / "base.raw"))), backing="follow") as image:
         assert image.read() == EXPECTED
+
+
+@pytest.mark.parametrize("rule", [None, "follow"])
+def test_fifo_as_base_is_not_waited_for(folder: Path, rule: Any) -> None:
+    os.mkfifo(folder / "fifo")
+    with pytest.raises(OSError, match="Not a regular file"):
+        fastqcow.open(write(folder, "top.qcow2", overlay("fifo")), backing=rule)
+
+
+def test_empty_names_are_none(qemu: Qemu, folder: Path) -> None:
+    path = write(folder, "top.qcow2", overlay(""))
+    with fastqcow.open(path) as image:
+        assert image.read() == qemu.read(path) == bytes(CLUSTER) + TOP + bytes(CLUSTER)
+    write(folder, "mid.qcow2", overlay("base.raw"))
+    path = write(folder, "top.qcow2", overlay("mid.qcow2", ""))
+    with fastqcow.open(path) as image:
+        assert image.read() == qemu.read(path)
+
+
+def test_names_with_control_characters_do_nothing_to_a_terminal(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(folder, "top.qcow2", overlay("a\x1b[2J\nb\udcff"))
+    assert main(["info", str(path)]) == 0
+    assert "backing file: a\\x1b[2J\\nb\\udcff" in capsys.readouterr().out
+    assert main(["map", str(path)]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_l1_tables_of_a_chain_are_bounded(folder: Path) -> None:
+    """Each may have 32 MiB, in a file that takes no room on the disk."""
+    for i in range(9):
+        image = build([], size=1 << 36, cluster_bits=9, l1=[0], backing=(f"{i - 1}.qcow2", "qcow2") if i else None)
+        path = write(folder, f"{i}.qcow2", image[:36] + (4 << 20).to_bytes(4, "big") + image[40:])
+        os.truncate(path, 33 << 20)
+    with fastqcow.open(folder / "5.qcow2") as image_of_six:
+        assert image_of_six.pread(10, 1 << 35) == bytes(10)
+    with pytest.raises(fastqcow.FormatError, match="L1 tables of the backing chain"):
+        fastqcow.open(folder / "8.qcow2")
+
+
+def test_empty_overlay_of_a_fragmented_base_costs_little(folder: Path) -> None:
+    """The overlay's tables are not walked anew, to their end, for each cluster that its base shows: that would take a minute."""
+    clusters = 20_000
+    base = bytearray(build([], size=clusters << 9, cluster_bits=9, l1=[0]))
+    tables = bytes([0, 0, 0, 0, 0, 0, 0, ZERO] + [0] * 8) * (clusters // 2)
+    l2_at = range(len(base), len(base) + len(tables), 512)
+    tables = tables.ljust(len(l2_at) * 512, b"\0")
+    base[36:48] = struct.pack(">IQ", len(l2_at), len(base) + len(tables))
+    write(folder, "0.qcow2", bytes(base) + tables + struct.pack(f">{len(l2_at)}Q", *l2_at))
+    top = bytearray(build([], size=clusters << 9, cluster_bits=9, l1=[0], backing=("0.qcow2", "qcow2")))
+    top[36:40] = struct.pack(">I", 4 << 20)
+    os.truncate(write(folder, "top.qcow2", bytes(top)), 33 << 20)
+    signal.alarm(30)
+    try:
+        with fastqcow.open(folder / "top.qcow2") as image:
+            assert len(list(image.map())) == clusters
+    finally:
+        signal.alarm(0)
 
 
 def test_missing_base(folder: Path) -> None:

@@ -158,9 +158,34 @@ def test_target_behind_a_link(path: Path, out: Path, tmp_path: Path) -> None:
 
 def test_image_is_not_its_own_target(path: Path) -> None:
     for source in (path, fastqcow.open(path)):
-        with pytest.raises(ValueError, match="its own target"):
-            fastqcow.convert(source, path)
+        for in_place in (False, True):
+            with pytest.raises(ValueError, match="cannot be the target"):
+                fastqcow.convert(source, path, in_place=in_place)
     assert path.read_bytes() == IMAGE
+
+
+def test_no_file_of_the_chain_is_the_target(path: Path, tmp_path: Path) -> None:
+    top = tmp_path / "top.qcow2"
+    top.write_bytes(build([0], backing=("disk.qcow2", "qcow2")))
+    (tmp_path / "link").symlink_to(path)
+    for target in (path, tmp_path / "link"):
+        with pytest.raises(ValueError, match="the image is read from this file"):
+            fastqcow.convert(top, target)
+    assert path.read_bytes() == IMAGE
+
+
+def test_image_that_was_renamed_meanwhile(path: Path, out: Path) -> None:
+    out.write_bytes(b"old")
+    with fastqcow.open(path) as image:
+        path.rename(path.with_name("renamed"))
+        fastqcow.convert(image, out)
+    assert out.read_bytes() == CONTENTS
+
+
+def test_long_name(path: Path, out: Path) -> None:
+    target = out.with_name("\N{GREEK SMALL LETTER ALPHA}" * 125)
+    fastqcow.convert(path, target)
+    assert target.read_bytes() == CONTENTS
 
 
 def test_no_such_directory(path: Path, tmp_path: Path) -> None:
@@ -225,6 +250,35 @@ def test_disk_without_room(path: Path, out: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert leftovers(out) == []
+
+
+def test_errors_of_the_source_keep_their_own_name(out: Path) -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() >= AT:
+                raise OSError(5, "Input/output error", "the source")
+            return super().read(size)
+
+    with pytest.raises(OSError, match="Input/output") as caught:
+        fastqcow.convert(Failing(IMAGE), out)
+    assert caught.value.filename == "the source"
+
+
+@pytest.mark.parametrize("sparse_size", [0, 4096])
+def test_writing_zeroes_can_be_interrupted(tmp_path: Path, sparse_size: int) -> None:
+    """A petabyte of them, to a target that has no holes."""
+    path = tmp_path / "empty.qcow2"
+    path.write_bytes(build([], size=1 << 50, cluster_bits=21, l1=[0] * 2048))
+    seen = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append(done)
+        if len(seen) > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fastqcow.convert(path, "/dev/null", sparse_size=sparse_size, progress=progress)
+    assert seen == sorted(set(seen))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -241,6 +241,19 @@ def test_cache_is_bounded_and_a_scan_does_not_wash_it_out(path: Path) -> None:
         assert image.stats()["clusters_inflated"] == 3
 
 
+def test_cache_suits_the_largest_clusters_of_the_chain(tmp_path: Path) -> None:
+    """Not those of the layer at the bottom, which may be a raw file."""
+    stream = deflate(bytes(2 << 20))
+    (tmp_path / "base.raw").write_bytes(bytes(10))
+    at = PAYLOAD << 21
+    top = build([compressed_entry(at, len(stream), 21)], stream.ljust(4096), cluster_bits=21, backing=("base.raw", "raw"))
+    (tmp_path / "top.qcow2").write_bytes(top)
+    with fastqcow.open(tmp_path / "top.qcow2", cache_size=16 << 20) as image:
+        for i in range(50):
+            image.pread(4096, i * 4096)
+        assert image.stats()["clusters_inflated"] == 1
+
+
 def test_neighbours_are_fetched_with_one_read(path: Path) -> None:
     class Counting(io.BytesIO):
         reads = 0
@@ -350,6 +363,25 @@ def test_ctrl_c_interrupts_a_long_read(tmp_path: Path) -> None:
             disk.read()
         assert time.monotonic() - started < 3
         assert disk.pread(10, 0) == bytes(10)
+
+
+def test_ctrl_c_while_another_thread_waits_for_a_slow_source(tmp_path: Path) -> None:
+    """Reads take turns; the calling thread looks after signals while it waits for its own."""
+
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            if self.tell() >= AT:
+                time.sleep(0.4)
+            return super().read(size)
+
+    stream = deflate(bytes(CLUSTER))
+    entries = [compressed_entry(AT + 70_000 * (i % 2), len(stream), 16) for i in range(400)]
+    with fastqcow.open(Slow(build(entries, stream.ljust(70_000) + stream.ljust(3000))), threads=4) as disk:
+        threading.Timer(0.5, signal.raise_signal, (signal.SIGINT,)).start()
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            disk.read()
+        assert time.monotonic() - started < 4  # a read that runs is waited for
 
 
 def test_no_reference_is_lost_or_kept(path: Path) -> None:

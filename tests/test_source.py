@@ -5,13 +5,18 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import signal
 import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fastqcow
+from fastqcow import _reader
 from images import PAYLOAD, build, compressed_entry, data_entry, deflate, noise, text
 
 CLUSTER = 65536
@@ -141,6 +146,88 @@ def test_what_a_file_raises_comes_out(answer: Any, error: type[Exception], nbyte
         assert image.pread(CLUSTER, CLUSTER) == bytes(CLUSTER)
 
 
+@pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.parametrize("nth", range(12))
+def test_no_exception_of_a_file_is_lost(nth: int, threads: int) -> None:
+    """A read that fails once, and would succeed if it were tried again: Ctrl-C, for one."""
+    stream = deflate(TEXT)
+    image = build([compressed_entry(AT, len(stream), 16)] * 8, stream.ljust(CLUSTER))
+
+    class FailsOnce(io.BytesIO):
+        reads = -1000
+
+        def read(self, size: int | None = -1, /) -> bytes:
+            self.reads += 1
+            if self.reads == nth:
+                raise KeyboardInterrupt
+            return super().read(size)
+
+    file = FailsOnce(image)
+    with fastqcow.open(file, threads=threads) as disk:
+        file.reads = -1
+        try:
+            disk.pread(8 * CLUSTER, 0)
+        except KeyboardInterrupt:
+            assert file.reads >= nth
+        else:
+            assert file.reads < nth
+
+
+@pytest.mark.parametrize("clusters", [0, 1, 2])
+def test_file_object_that_loses_its_end(clusters: int) -> None:
+    """How long it is was asked at the start; what is missing since then is no zero."""
+    file = io.BytesIO(build([data_entry(AT + i * CLUSTER) for i in range(3)], PLAIN * 3))
+    with fastqcow.open(file) as image:
+        assert image.pread(10, 0) == PLAIN[:10]
+        file.truncate(AT + clusters * CLUSTER + 5000)
+        assert image.pread(clusters * CLUSTER + 5000, 0) == (PLAIN * 3)[: clusters * CLUSTER + 5000]
+        for nbytes in (3 * CLUSTER, clusters * CLUSTER + 5001):
+            with pytest.raises(fastqcow.FormatError):
+                image.pread(nbytes, 0)
+
+
+def test_two_images_on_one_file_object() -> None:
+    """They share its position, and so its lock."""
+
+    class Yielding(io.BytesIO):
+        def seek(self, offset: int, whence: int = 0, /) -> int:
+            done = super().seek(offset, whence)
+            time.sleep(0.0005)
+            return done
+
+    file = Yielding(IMAGE)
+    with fastqcow.open(file) as one, fastqcow.open(file) as other, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: (one if i % 2 else other).pread(2000, 2 * CLUSTER + i), range(100)))
+    assert found == [CONTENTS[2 * CLUSTER + i : 2 * CLUSTER + i + 2000] for i in range(100)]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_fork_while_a_file_object_is_read() -> None:
+    class Slow(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            time.sleep(0.05)
+            return super().read(size)
+
+    with fastqcow.open(Slow(IMAGE), cache_size=0) as image:
+        image.pread(1, 0)
+        reader = threading.Thread(target=lambda: [image.read(100) for _ in range(5)])
+        reader.start()
+        time.sleep(0.02)
+        pid = os.fork()
+        if pid == 0:
+            signal.alarm(20)
+            image.seek(0)
+            os._exit(0 if image.read(100) == CONTENTS[:100] and image.pread(100, CLUSTER + 5) == bytes(100) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        reader.join()
+
+
+@pytest.mark.parametrize("kind", [_reader.Source, _reader.Reader])
+def test_objects_of_the_bridge_are_not_made_by_hand(kind: type) -> None:
+    with pytest.raises(TypeError, match="is made by"):
+        kind()
+
+
 def test_file_that_fails_at_once() -> None:
     with pytest.raises(BrokenError):
         fastqcow.open(Odd(fail, after=0))
@@ -162,9 +249,9 @@ def test_directory(tmp_path: Path) -> None:
         fastqcow.open(tmp_path)
 
 
-def test_fifo(tmp_path: Path) -> None:
+def test_fifo_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
-    with (tmp_path / "fifo").open("r+b", buffering=0), pytest.raises(OSError, match="Not a regular file"):
+    with pytest.raises(OSError, match="Not a regular file"):
         fastqcow.open(tmp_path / "fifo")
 
 

@@ -5,7 +5,7 @@
 ...     boot_sector = image.pread(512, 0)
 """
 
-from fastqcow.clusters import Engines, L2Table, build_info, inflate, inflate_into, parse_l2
+from fastqcow.clusters import Engines, Kind, L2Table, build_info, inflate, inflate_into, parse_l2
 from fastqcow.conversion import Conversion, convert
 from fastqcow.describe import info
 from fastqcow.errors import Error, FormatError, PasswordError, PolicyError, UnsupportedError
@@ -22,6 +22,7 @@ __all__ = [
     "FormatError",
     "Header",
     "Image",
+    "Kind",
     "L2Table",
     "PasswordError",
     "PolicyError",

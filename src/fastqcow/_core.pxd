@@ -86,6 +86,7 @@ cdef extern from "fastqcow.h" nogil:
         uint64_t size
         uint64_t l1_off
         uint32_t l1_entries
+        size_t largest_cluster
         size_t cluster_cache_nbytes
         size_t table_cache_nbytes
         unsigned threads

@@ -13,6 +13,9 @@ DEFLATE = <int>_core.FQ_CODEC_DEFLATE
 DEFLATE_LIBZ = <int>_core.FQ_CODEC_DEFLATE_LIBZ
 ZSTD = <int>_core.FQ_CODEC_ZSTD
 
+# QEMU's clusters have 2 MiB at most; other readers may have reasons for more.
+OUT_NBYTES_MAX = 1 << 30
+
 
 cdef inflate_buffer(int codec, data, uint8_t *out, size_t out_nbytes):
     cdef Py_buffer view
@@ -26,13 +29,15 @@ cdef inflate_buffer(int codec, data, uint8_t *out, size_t out_nbytes):
         PyBuffer_Release(&view)
     if status == _core.FQ_ERR_NOMEM:
         raise MemoryError
+    if status == _core.FQ_ERR_ARGUMENT:
+        raise ValueError("the data or the buffer is larger than a cluster can be")
     if status != _core.FQ_OK:
         raise errors.FormatError(_core.fq_status_sentence(status).decode())
 
 
 def inflate(data, Py_ssize_t out_nbytes, int codec):
-    if out_nbytes < 0:
-        raise ValueError(f"cluster_size is {out_nbytes}; it cannot be negative")
+    if not 0 <= out_nbytes <= OUT_NBYTES_MAX:
+        raise ValueError(f"cluster_size is {out_nbytes}; it can be 0 to {OUT_NBYTES_MAX}")
     out = PyBytes_FromStringAndSize(NULL, out_nbytes)
     inflate_buffer(codec, data, <uint8_t *>PyBytes_AS_STRING(out), out_nbytes)
     return out

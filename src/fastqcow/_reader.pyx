@@ -33,9 +33,8 @@ from fastqcow._core cimport (
 )
 
 import os
-import threading
 
-from fastqcow import errors
+from fastqcow import errors, locks
 
 UNALLOCATED = <int>_core.FQ_UNALLOCATED
 UNALLOCATED_ALLOC = <int>_core.FQ_UNALLOCATED_ALLOC
@@ -91,15 +90,16 @@ cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, 
         return -1
 
 
-cdef int check(fq_status status, const fq_error *error, Request request, list paths) except -1:
-    """Raise what a status stands for. `paths` names the layers of the chain by depth."""
-    if status == _core.FQ_OK:
-        return 0
+cdef int check(fq_status status, const fq_error *error, Request request, list paths, target=None) except -1:
+    """Raise what a status stands for. `paths` names the layers of the chain by depth, `target` what was written."""
     if request is not None and request.exception is not None:
-        # It comes before what the core has to say: a Ctrl-C is not lost because some thread met damage at the same time. And the
-        # request stays with its caller's frame, which the traceback holds: do not close the circle.
+        # It comes before what the core has to say: a Ctrl-C is not lost because some thread met damage at the same time, or because
+        # another read came to the same bytes. And the request stays with its caller's frame, which the traceback holds: do not
+        # close the circle.
         exception, request.exception = request.exception, None
         raise exception
+    if status == _core.FQ_OK:
+        return 0
     if status == _core.FQ_ERR_READ or status == _core.FQ_ERR_WRITE:
         name = "os"
     elif status == _core.FQ_ERR_NOMEM:
@@ -112,7 +112,7 @@ cdef int check(fq_status status, const fq_error *error, Request request, list pa
         name,
         _core.fq_status_sentence(status).decode(),
         sys_errno=error.sys_errno,
-        path=None if status == _core.FQ_ERR_WRITE else paths[error.depth],
+        path=target if status == _core.FQ_ERR_WRITE else paths[error.depth],
         guest_off=place(error.guest_off),
         host_off=place(error.host_off),
         value=place(error.value),
@@ -123,10 +123,12 @@ cdef object place(uint64_t number):
     return None if number == _core.FQ_NOWHERE else number
 
 
+@cython.no_gc_clear
 cdef class Source:
     """A file that bytes come from: a descriptor that this object owns, or an open Python file.
 
-    A file object is used under a lock, one seek and one read at a time, and its position is left wherever that ends.
+    A file object is used under a lock, which all its sources share, one seek and one read at a time, and its position is left
+    wherever that ends.
 
     Attributes:
         path: what to call it in errors; a path if has_path.
@@ -142,6 +144,9 @@ cdef class Source:
 
     def __cinit__(self):
         self.fd = -1
+
+    def __init__(self):
+        raise TypeError("a Source is made by from_fd or from_file")
 
     def __dealloc__(self):
         _core.fq_source_free(self.c)
@@ -166,7 +171,7 @@ cdef class Source:
         self.file = file
         self.path = path
         self.has_path = has_path
-        self.lock = threading.Lock()
+        self.lock = locks.for_file(file)
         self.c = _core.fq_source_callback(read_file, <void *>self, file.seek(0, os.SEEK_END))
         if self.c == NULL:
             raise MemoryError
@@ -174,7 +179,7 @@ cdef class Source:
 
     cdef ptrdiff_t read_file(self, uint8_t *buf, size_t nbytes, uint64_t host_off) except -1:
         # read() and a copy rather than readinto(): a file that kept the buffer it is given would keep memory of ours.
-        with self.lock:
+        with self.lock.lock:
             self.file.seek(host_off)
             data = self.file.read(nbytes)
         if not isinstance(data, bytes):
@@ -188,6 +193,16 @@ cdef class Source:
     def size(self):
         """Bytes of the file, as it is now."""
         return _core.fq_source_size(self.c)
+
+    def identity(self):
+        """What tells that two sources are the same file: device and inode, or a file object without a path itself."""
+        if self.file is None:
+            found = os.fstat(self.fd)
+        elif self.has_path:
+            found = os.stat(self.path)
+        else:
+            return id(self.file)
+        return found.st_dev, found.st_ino
 
     def pread(self, size_t nbytes, uint64_t host_off):
         """Bytes of the file; short only at its end."""
@@ -204,6 +219,7 @@ cdef class Source:
         return data if got == nbytes else data[:got]
 
 
+@cython.no_gc_clear  # C holds pointers into the source and the backing reader until the end
 cdef class Reader:
     """One layer of an image, with those below it: guest bytes by position."""
 
@@ -213,6 +229,9 @@ cdef class Reader:
     cdef readonly uint64_t size
     cdef list paths
     cdef bint calls_python
+
+    def __init__(self):
+        raise TypeError("a Reader is made by raw or qcow2")
 
     def __dealloc__(self):
         _core.fq_reader_close(self.c)
@@ -228,7 +247,9 @@ cdef class Reader:
         return self
 
     @staticmethod
-    def raw(Source source, *, unsigned threads, size_t cluster_cache_nbytes, size_t table_cache_nbytes):
+    def raw(
+        Source source, *, unsigned threads, size_t largest_cluster, size_t cluster_cache_nbytes, size_t table_cache_nbytes
+    ):
         cdef Reader self = Reader.create(source, None, source.size)
         cdef fq_reader_options options
         cdef fq_error error
@@ -236,6 +257,7 @@ cdef class Reader:
         memset(&options, 0, sizeof(options))
         options.size = self.size
         options.threads = threads
+        options.largest_cluster = largest_cluster
         options.cluster_cache_nbytes = cluster_cache_nbytes
         options.table_cache_nbytes = table_cache_nbytes
         check(_core.fq_reader_open_raw(source.c, &options, &self.c, &error), &error, None, self.paths)
@@ -254,6 +276,7 @@ cdef class Reader:
         uint64_t l1_off,
         uint32_t l1_entries,
         unsigned threads,
+        size_t largest_cluster,
         size_t cluster_cache_nbytes,
         size_t table_cache_nbytes,
     ):
@@ -273,6 +296,7 @@ cdef class Reader:
         options.l1_off = l1_off
         options.l1_entries = l1_entries
         options.threads = threads
+        options.largest_cluster = largest_cluster
         options.cluster_cache_nbytes = cluster_cache_nbytes
         options.table_cache_nbytes = table_cache_nbytes
         with nogil:
@@ -292,7 +316,9 @@ cdef class Reader:
             c = &request.c
         with nogil:
             status = _core.fq_reader_preadv(self.c, iov, niov, guest_off, c, &error)
-        return check(status, &error, request, self.paths) if status != _core.FQ_OK else 0
+        if status != _core.FQ_OK or request is not None:
+            check(status, &error, request, self.paths)
+        return 0
 
     def pread(self, Py_ssize_t nbytes, guest_off):
         """Up to nbytes at guest_off as bytes; short only at the end of the disk."""
@@ -359,8 +385,11 @@ cdef class Reader:
         finally:
             free(found)
 
-    def export(self, int fd, uint64_t grain, bint reads_zero, progress):
-        """Write the whole disk to a descriptor, by position. Returns the bytes written as data; progress is called with those done."""
+    def export(self, int fd, path, uint64_t grain, bint reads_zero, progress):
+        """Write the whole disk to a descriptor, by position; `path` is its name in errors. progress is called with the bytes done.
+
+        Returns the bytes written as data.
+        """
         cdef Request request = Request(progress)
         cdef fq_target target
         cdef uint64_t written
@@ -372,7 +401,7 @@ cdef class Reader:
         target.reads_zero = reads_zero
         with nogil:
             status = _core.fq_export(self.c, 0, self.size, &target, &written, &request.c, &error)
-        check(status, &error, request, self.paths)
+        check(status, &error, request, self.paths, path)
         return written
 
     def stats(self):

@@ -16,7 +16,7 @@ from fastqcow import _inflate, header
 from fastqcow._reader import Reader, Source
 from fastqcow.errors import FormatError, PolicyError, UnsupportedError
 from fastqcow.header import Header
-from fastqcow.source import open_source
+from fastqcow.source import open_path, open_source
 
 if TYPE_CHECKING:
     from fastqcow._types import BinaryFile, Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["Layer", "Options", "open_chain"]
 
 DEPTH_MAX = 200
+L1_NBYTES_MAX = 256 << 20  # of all layers together; each may have 32 MiB
 TABLE_CACHE_NBYTES = 8 << 20
 if TYPE_CHECKING:
     BackingRule: TypeAlias = Literal[False] | Path | BinaryFile | None
@@ -69,7 +70,7 @@ def open_chain(source: Path | BinaryFile, options: Options) -> Layer:
     fmt: str | None = "qcow2"
     rule = options.backing
     while opened is not None:
-        identity = _identity(opened)
+        identity = opened.identity()
         if identity in seen:
             raise FormatError("the backing chain comes back to this file", path=opened.path)
         if len(seen) == DEPTH_MAX:
@@ -79,19 +80,20 @@ def open_chain(source: Path | BinaryFile, options: Options) -> Layer:
         files.append((opened, head))
         opened, rule = _open_backing(opened, head, rule)
         fmt = head.backing_format if head else None
+    headers = [head for _, head in files if head]
+    if sum(head.l1_entries * 8 for head in headers) > L1_NBYTES_MAX:
+        raise FormatError(f"the L1 tables of the backing chain are larger than {L1_NBYTES_MAX >> 20} MiB", path=files[0][0].path)
+    sizes = {
+        "threads": options.threads,
+        "largest_cluster": max(head.cluster_size for head in headers),
+        "cluster_cache_nbytes": options.cache_size,
+        "table_cache_nbytes": TABLE_CACHE_NBYTES,
+    }
     layer = None
     for opened, head in reversed(files):
-        layer = _open_layer(opened, head, layer, options)
+        layer = _open_layer(opened, head, layer, options, sizes)
     assert layer is not None
     return layer
-
-
-def _identity(source: Source) -> object:
-    """What tells that two layers are the same file."""
-    if not source.has_path:
-        return source
-    st = os.stat(source.path)
-    return st.st_dev, st.st_ino
 
 
 def _read_header(source: Source, fmt: str | None) -> Header | None:
@@ -113,8 +115,7 @@ def _read_header(source: Source, fmt: str | None) -> Header | None:
     return head
 
 
-def _open_layer(source: Source, head: Header | None, below: Layer | None, options: Options) -> Layer:
-    sizes = {"threads": options.threads, "cluster_cache_nbytes": options.cache_size, "table_cache_nbytes": TABLE_CACHE_NBYTES}
+def _open_layer(source: Source, head: Header | None, below: Layer | None, options: Options, sizes: dict[str, int]) -> Layer:
     if head is None:
         return Layer(Reader.raw(source, **sizes), None, None)
     reader = Reader.qcow2(
@@ -138,9 +139,7 @@ def _open_backing(source: Source, head: Header | None, rule: BackingRule) -> tup
         return None, rule
     if rule is None or rule == "follow":
         path = backing_path(source, head.backing_name)
-        if rule is None:
-            _refuse_outside(source, path)
-        return open_source(path), rule
+        return open_path(path, _inside(source, path) if rule is None else path), rule
     # The caller's file stands for this image's backing file; what that one names is under the safe rule again.
     return open_source(rule), None
 
@@ -166,11 +165,13 @@ def backing_path(image: Source, name: str) -> str:
     return os.path.join(os.path.dirname(image.path), name) if image.has_path else name
 
 
-def _refuse_outside(image: Source, path: str) -> None:
-    directory = os.path.dirname(os.path.realpath(image.path))
-    if not image.has_path or os.path.commonpath((directory, os.path.realpath(path))) != directory:
+def _inside(image: Source, path: str) -> str:
+    """The path without links, if it lies in the image's directory or below: that is what is checked, and what is opened."""
+    directory, real = os.path.dirname(os.path.realpath(image.path)), os.path.realpath(path)
+    if not image.has_path or os.path.commonpath((directory, real)) != directory:
         raise PolicyError(
             f"the backing file {path!r} lies outside of the image's directory, and is not opened; "
             "allow it with backing='follow', or give the file with backing=",
             path=image.path,
         )
+    return real

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from enum import IntEnum
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastqcow import _inflate, _l2
@@ -10,7 +11,7 @@ from fastqcow import _inflate, _l2
 if TYPE_CHECKING:
     from fastqcow._types import Readable, Writable
 
-__all__ = ["Engines", "L2Table", "build_info", "inflate", "inflate_into", "parse_l2"]
+__all__ = ["Engines", "Kind", "L2Table", "build_info", "inflate", "inflate_into", "parse_l2"]
 
 _METHODS = {"zlib": _inflate.DEFLATE, "zstd": _inflate.ZSTD}
 
@@ -74,11 +75,23 @@ def inflate_into(
     return _inflate.inflate_into(data, out, _method(method, engine))
 
 
+class Kind(IntEnum):
+    """What an L2 entry, or a subcluster of it, stands for. The two with ALLOC have a place in the file which is not read."""
+
+    UNALLOCATED = _l2.UNALLOCATED
+    UNALLOCATED_ALLOC = _l2.UNALLOCATED_ALLOC
+    ZERO = _l2.ZERO
+    ZERO_ALLOC = _l2.ZERO_ALLOC
+    DATA = _l2.DATA
+    COMPRESSED = _l2.COMPRESSED
+    INVALID = _l2.INVALID
+
+
 class L2Table(NamedTuple):
     """The columns of an L2 table: element i is of cluster i, or with extended entries of subcluster i.
 
     Attributes:
-        kind: one of the constants below, or INVALID and more (see `why_invalid`).
+        kind: of `Kind`; from Kind.INVALID on, which number it is says what is wrong (see `why_invalid`).
         host_off: of the cluster that holds it, or of the compressed stream; 0 where there is none.
         in_nbytes: of a compressed stream, up to the end of its last sector; else 0.
     """

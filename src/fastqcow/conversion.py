@@ -1,8 +1,8 @@
 """Whole images to other files.
 
 The output is written to a file of another name beside the target, and takes the target's name when it is complete; so that
-name never stands for half an image, whatever happens. A target that cannot be replaced (a block device), or must not be
-(in_place), is written in place.
+name never stands for half an image, whatever happens to the process. (What is left after a power failure is up to the file system:
+nothing is synchronised.) A target that cannot be replaced (a block device), or must not be (in_place), is written in place.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from fastqcow.image import Image
 from fastqcow.image import open as open_image
 
 if TYPE_CHECKING:
+    from fastqcow._reader import Reader
     from fastqcow._types import BinaryFile, Path
 
 __all__ = ["Conversion", "convert"]
@@ -60,9 +61,8 @@ def convert(
         progress: called some 20 times a second and at the end with (bytes done, bytes in all).
 
     Raises:
-        FormatError, OSError and so on: as `fastqcow.open`, `Image.pread` and writing to a file do. The target then is what it
-        was, unless
-            it was being written in place.
+        FormatError, OSError and so on: as `fastqcow.open`, `Image.pread` and writing to a file do. The target then is what it was,
+            unless it was being written in place.
         ValueError: an argument that makes no sense.
     """
     if format != "raw":
@@ -74,28 +74,43 @@ def convert(
     with contextlib.ExitStack() as stack:
         image = src if isinstance(src, Image) else stack.enter_context(open_image(src, threads=threads))
         reader = image._open_reader()
-        if reader.source.has_path and os.path.exists(target) and os.path.samefile(target, image.name):
-            raise ValueError(f"{image.name}: the image cannot be its own target")
+        if os.path.exists(target):
+            _refuse_source(reader, target)
         inflated_before = reader.stats()["clusters_inflated"]
         fd, reads_zero = stack.enter_context(_in_place(target, image.size) if _keep(target, in_place) else _replaced(target))
         if reads_zero:
-            os.truncate(fd, image.size)
-            if sparse_size == 0 and image.size:
-                reads_zero = _allocate(fd, image.size)
+            with _naming(target):
+                os.truncate(fd, image.size)
+                if sparse_size == 0 and image.size:
+                    reads_zero = _allocate(fd, image.size)
 
         def report(done: int) -> None:
             if progress is not None:
                 progress(done, image.size)
 
-        try:
-            written = reader.export(fd, sparse_size, reads_zero, report if progress is not None else None)
-        except OSError as e:
-            if e.filename is None:  # an error of writing: the core knows the target by its descriptor only
-                e.filename = target
-            raise
+        written = reader.export(fd, target, sparse_size, reads_zero, report if progress is not None else None)
         report(image.size)
         inflated = reader.stats()["clusters_inflated"] - inflated_before
         return Conversion(image.name, os.fsdecode(dst), image.size, written, inflated, time.perf_counter() - started)
+
+
+def _refuse_source(reader: Reader, target: str) -> None:
+    """No file of the chain can be the target: it would be destroyed while, or after, it is read."""
+    st = os.stat(target)
+    layer: Reader | None = reader
+    while layer is not None:
+        if layer.source.identity() == (st.st_dev, st.st_ino):
+            raise ValueError(f"{layer.source.path}: the image is read from this file, so it cannot be the target")
+        layer = layer.backing
+
+
+@contextlib.contextmanager
+def _naming(target: str) -> Iterator[None]:
+    """Errors of calls that know a descriptor only get the name of its file."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, target) from None
 
 
 def _keep(target: str, in_place: bool) -> bool:
@@ -126,15 +141,17 @@ def _in_place(target: str, nbytes: int) -> Iterator[tuple[int, bool]]:
 def _replaced(target: str) -> Iterator[tuple[int, bool]]:
     directory, name = os.path.split(target)
     # Not by tempfile: its imports take longer than a small conversion. O_EXCL is what makes it safe, there as here.
-    temporary = os.path.join(directory, f".{name[:200]}.{os.urandom(6).hex()}.part")
+    temporary = os.path.join(directory, f".{os.fsdecode(os.fsencode(name)[:200])}.{os.urandom(6).hex()}.part")
     try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, target) from None
+        mode: int | None = stat.S_IMODE(os.stat(target).st_mode)
+    except FileNotFoundError:
+        mode = None
+    with _naming(target):
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
     try:
         try:
-            if os.path.exists(target):
-                os.fchmod(fd, stat.S_IMODE(os.stat(target).st_mode))
+            if mode is not None:
+                os.fchmod(fd, mode)
             yield fd, True
         finally:
             os.close(fd)

@@ -33,7 +33,7 @@ class Error(Exception):
         self.value = value
         places = (("guest offset", guest_off), ("host offset", host_off), ("value", value))
         where = ", ".join(f"{name} {number:#x}" for name, number in places if number is not None)
-        super().__init__((f"{path}: " if path else "") + reason + (f" ({where})" if where else ""))
+        super().__init__(printable((f"{path}: " if path else "") + reason + (f" ({where})" if where else "")))
 
     def __reduce__(self) -> tuple[object, ...]:
         state = {"path": self.path, "guest_off": self.guest_off, "host_off": self.host_off, "value": self.value}
@@ -54,6 +54,11 @@ class PolicyError(Error):
 
 class PasswordError(Error):
     """The image is encrypted, and the password is missing or wrong."""
+
+
+def printable(text: str) -> str:
+    """The text in one line that does nothing to a terminal: names in it come from the image."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _restore(cls: type[Error], reason: str, state: dict[str, object]) -> Error:

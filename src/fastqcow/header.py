@@ -6,6 +6,7 @@ number is checked here, once, before anything is allocated, read or looped over 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ L1_NBYTES_MAX = 32 << 20
 REFCOUNT_TABLE_NBYTES_MAX = 8 << 20
 BACKING_NAME_NBYTES_MAX = 1023
 SNAPSHOTS_MAX = 65536
+EXTENSIONS_MAX = 1024  # QEMU knows five, and has no limit
 V2_NBYTES = 72
 V3_NBYTES_MIN = 104
 
@@ -268,18 +270,22 @@ class _Parser:
         if off > (1 << 63) - 1 - nbytes:
             raise self.bad(f"the {name} table lies beyond any file's end", host_off, off)
 
-    def backing_name(self, header: bytes, off: int, nbytes: int) -> str:
+    def backing_name(self, header: bytes, off: int, nbytes: int) -> str | None:
         if nbytes > BACKING_NAME_NBYTES_MAX:
             raise self.bad(f"the backing file name is longer than {BACKING_NAME_NBYTES_MAX} bytes", 16, nbytes)
         name = header[off : off + nbytes]
         if len(name) < nbytes:
             raise self.bad("the backing file name runs past the first cluster, or the file's end", off, nbytes)
-        return _c_string(name)
+        return _c_string(name) or None
 
     def extensions(self, header: bytes, off: int, end: int) -> _Extensions:
         """Walk the extensions. Each step moves on by at least 8 bytes, and none leaves the first cluster."""
         found = _Extensions()
-        while off < end:
+        for count in itertools.count(1):
+            if off >= end:
+                break
+            if count > EXTENSIONS_MAX:
+                raise self.bad(f"there are more than {EXTENSIONS_MAX} header extensions", off)
             if off + 8 > len(header):
                 raise self.bad("the file ends within the header extensions", off)
             magic, nbytes = struct.unpack_from(">II", header, off)
@@ -296,7 +302,7 @@ class _Parser:
 
     def extension(self, found: _Extensions, magic: int, data: bytes, off: int) -> None:
         if magic == EXT_BACKING_FORMAT:
-            found.backing_format = _c_string(data)
+            found.backing_format = _c_string(data) or None
         elif magic == EXT_DATA_FILE:
             found.data_file_name = _c_string(data)
         elif magic == EXT_FEATURE_NAMES:

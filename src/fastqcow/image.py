@@ -5,12 +5,12 @@ from __future__ import annotations
 import io
 import os
 import sys
-import threading
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from fastqcow import _reader
 from fastqcow.chain import Layer, Options, open_chain
 from fastqcow.describe import layer_info
+from fastqcow.locks import ForkSafeLock
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -58,20 +58,16 @@ class Image(io.RawIOBase):
     def __init__(self, chain: Layer) -> None:
         super().__init__()
         assert chain.header is not None
-        self._chain = chain
+        self._chain: Layer | None = chain
         self._header: Header = chain.header
         self._reader: _reader.Reader | None = chain.reader
         self._position = 0
-        self._position_lock = threading.Lock()
+        self._position_lock = ForkSafeLock()
 
     @property
     def name(self) -> str:
         """The path that the image was opened by, or what stands for it."""
-        return self._header_source.path
-
-    @property
-    def _header_source(self) -> _reader.Source:
-        return self._open_reader().source
+        return self._open_reader().source.path
 
     @property
     def mode(self) -> str:
@@ -96,10 +92,8 @@ class Image(io.RawIOBase):
         return reader
 
     def close(self) -> None:
-        self._reader = None
-        if not self.closed:
-            # The reader and its sources are freed, and descriptors closed, with the last reference: this one, or a running read's.
-            del self._chain
+        # Readers and sources are freed, and descriptors closed, with the last reference: this one, or a running read's.
+        self._reader = self._chain = None
         super().close()
 
     # By position
@@ -134,7 +128,7 @@ class Image(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         self._open_reader()
-        with self._position_lock:
+        with self._position_lock.lock:
             base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}.get(whence)
             if base is None:
                 raise ValueError(f"whence is {whence}; it can be 0, 1 or 2")
@@ -150,7 +144,7 @@ class Image(io.RawIOBase):
     def read(self, size: int | None = -1, /) -> bytes:
         """Read `size` bytes from the position on, all that are left if it is negative or None."""
         reader = self._open_reader()
-        with self._position_lock:
+        with self._position_lock.lock:
             left = max(self.size - self._position, 0)
             data = reader.pread(left if size is None or size < 0 else min(size, left), self._position)
             self._position += len(data)
@@ -161,7 +155,7 @@ class Image(io.RawIOBase):
 
     def readinto(self, buffer: Writable, /) -> int:
         reader = self._open_reader()
-        with self._position_lock:
+        with self._position_lock.lock:
             count = reader.preadv((buffer,), self._position)
             self._position += count
         return count
@@ -186,7 +180,7 @@ class Image(io.RawIOBase):
 
     def info(self) -> dict[str, Any]:
         """What `qemu-img info --output=json` says, field for field."""
-        return layer_info(self._header_source, self._header)
+        return layer_info(self._open_reader().source, self._header)
 
     def stats(self) -> _reader.Stats:
         """Counts since the image was opened, over all layers.
@@ -249,11 +243,11 @@ def open(  # noqa: A001 - called as fastqcow.open
     Args:
         source: a path, or an open, seekable binary file, which stays the caller's.
         backing: what to do about a backing file that the image names. None: open it if it lies in the image's own directory or
-        below.
-            "follow": open it wherever it is. False: do without, unallocated clusters read as zeroes. A path or an open file:
+            below. "follow": open it wherever it is. False: do without, unallocated clusters read as zeroes. A path or an open file:
             that one instead (a path named "follow" is written "./follow").
-        threads: at most so many threads work on one read, the calling one included; by default one for each CPU the process
-        may use. cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default.
+        threads: at most so many threads work on one read, the calling one included; by default one for each CPU that the process
+            may use.
+        cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default.
         engine: what inflates deflate clusters: "libdeflate" (where it is built in, see `build_info`) or "libz", the reference. By
             default the environment variable FASTQCOW_ENGINE, or libdeflate.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import stat
@@ -12,7 +13,7 @@ from fastqcow._reader import Source
 if TYPE_CHECKING:
     from fastqcow._types import BinaryFile, Path
 
-__all__ = ["open_source"]
+__all__ = ["open_path", "open_source"]
 
 
 def open_source(source: Path | BinaryFile) -> Source:
@@ -28,7 +29,7 @@ def open_source(source: Path | BinaryFile) -> Source:
     """
     if isinstance(source, (str, bytes, os.PathLike)):
         path = os.fsdecode(source)
-        return _from_fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC), path, has_path=True, own=True)
+        return open_path(path, path)
     if not (hasattr(source, "read") and hasattr(source, "seek")):
         raise TypeError(f"a path or an open binary file is needed, not {type(source).__name__}")
     if isinstance(source, io.TextIOBase):
@@ -44,14 +45,20 @@ def open_source(source: Path | BinaryFile) -> Source:
     return Source.from_file(source, path, has_path)
 
 
+def open_path(name: str, path: str) -> Source:
+    """Open a path under a name, from which errors and the names of other files start."""
+    # O_NONBLOCK: a FIFO that nobody writes to is to be refused below, not waited for.
+    return _from_fd(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), name, has_path=True, own=True)
+
+
 def _from_fd(fd: int, path: str, *, has_path: bool, own: bool) -> Source:
     """own: nobody else uses the descriptor's position, so it may be moved to look for holes."""
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
-            raise IsADirectoryError(21, "Is a directory", path)
+            raise IsADirectoryError(errno.EISDIR, "Is a directory", path)
         if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise OSError(29, "Not a regular file or a block device", path)
+            raise OSError(errno.ESPIPE, "Not a regular file or a block device", path)
     except BaseException:
         os.close(fd)
         raise

@@ -149,6 +149,7 @@ static fq_reader *open_image(const image *m, fq_source *source, fq_reader *backi
         .size = m->size,
         .l1_off = 0,
         .l1_entries = 1,
+        .largest_cluster = CLUSTER,
         .cluster_cache_nbytes = cache,
         .table_cache_nbytes = 1 << 20,
         .threads = threads,

@@ -71,5 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: str, code: int) -> int:
-    print(f"fastqcow: {message}", file=sys.stderr)
+    from fastqcow.errors import printable
+
+    print(f"fastqcow: {printable(message)}", file=sys.stderr)
     return code

@@ -43,7 +43,10 @@ def size_argument(text: str) -> int:
     digits, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "B")
     if not digits.isdecimal() or unit not in _UNITS:
         raise argparse.ArgumentTypeError(f"{text!r} is not a size; write bytes, or a number with k, M, G, T, P or E")
-    return int(digits) << 10 * _UNITS.index(unit)
+    nbytes = int(digits) << 10 * _UNITS.index(unit)
+    if nbytes >= 1 << 63:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than any file can have")
+    return nbytes
 
 
 def size_text(nbytes: int) -> str:

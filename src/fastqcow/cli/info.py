@@ -7,6 +7,7 @@ from typing import Any
 
 from fastqcow.cli.common import Commands, add_image, add_output, size_text
 from fastqcow.describe import info
+from fastqcow.errors import printable
 
 __all__ = ["add", "run"]
 
@@ -55,4 +56,4 @@ def human(found: dict[str, Any]) -> str:
     lines.append("Format specific information:")
     for name, value in found["format-specific"]["data"].items():
         lines.append(f"    {name.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)

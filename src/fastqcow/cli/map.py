@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from fastqcow.chain import Layer, open_chain
 from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of, size_argument
+from fastqcow.errors import printable
 from fastqcow.image import Extent, Image, make_options
 
 __all__ = ["add", "run"]
@@ -64,4 +65,4 @@ def print_human(extents: Iterable[Extent], paths: list[str]) -> None:
     for extent in extents:
         if extent.data:
             place = "compressed" if extent.offset is None else f"{extent.offset:#x}"
-            print(f"{extent.start:<#16x}{extent.length:<#16x}{place:<16}{paths[extent.depth]}")
+            print(f"{extent.start:<#16x}{extent.length:<#16x}{place:<16}{printable(paths[extent.depth])}")
