@@ -249,6 +249,10 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     if (!zeroes && status == FQ_OK)
         status = fq_batch_fetch(job, b, scratch, dest, &error);
     if (ordered) {
+        if (status == FQ_ERR_SOURCE) { /* before the next one takes its turn: a source that failed is asked no more */
+            atomic_store(&job->cancelled, true);
+            atomic_store(&job->stop, true);
+        }
         pthread_mutex_lock(&job->lock);
         job->fetching = false;
         pthread_cond_broadcast(&job->turn);

@@ -366,7 +366,7 @@ def test_ctrl_c_interrupts_a_long_read(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_while_another_thread_waits_for_a_slow_source(tmp_path: Path) -> None:
-    """Reads take turns; the calling thread looks after signals while it waits for its own."""
+    """Reads take turns; whoever has his, the others stop at once."""
 
     class Slow(io.BytesIO):
         def read(self, size: int | None = -1, /) -> bytes:
