@@ -5,8 +5,8 @@
  * happens under the job's lock, since it costs next to nothing beside inflating. What a thread claims it fetches, inflates and
  * delivers itself (batch.c); nothing is handed from thread to thread.
  *
- * Of sources that may be streams (callbacks), one thread fetches at a time, in its turn, so that the reads come in file order; inflating
- * still runs on all threads.
+ * Of sources that may be streams (callbacks), one thread plans and fetches at a time, in its turn, so that the reads come in file order;
+ * inflating still runs on all threads.
  *
  * What a file can make us allocate here: the L1 table, bounded by the caller to 32 MiB, and the caches' budgets.
  */
@@ -124,15 +124,13 @@ void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nb
 }
 
 /*
- * Plan the next batch. Called with the lock. Compressed clusters are not cut, all other runs are cut where the batch is full. A batch to
+ * Plan the next batch. Called by one thread at a time. Compressed clusters are not cut, all other runs are cut where the batch is full. A batch to
  * be written is either all zeroes, and then longer, or has none. A run that cannot be planned ends the batch before it; the next
- * claim meets it first, and fails.
+ * claim meets it first, and fails. (But a source that fails is not asked again.)
  */
 static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
 {
-    b->count = 0;
     b->guest_off = job->cursor;
-    b->nbytes = 0;
     while (b->count < FQ_BATCH_RUNS && b->nbytes < job->batch_nbytes && job->cursor < job->end) {
         fq_run *run = &b->runs[b->count];
         const uint64_t room = job->batch_nbytes - b->nbytes;
@@ -140,7 +138,7 @@ static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
         const fq_status status = fq_resolve(job->reader, job->cursor, job->end - job->cursor, job->write != NULL, job->request, run, &at);
 
         if (status != FQ_OK) {
-            if (b->count > 0)
+            if (b->count > 0 && status != FQ_ERR_SOURCE)
                 return FQ_OK;
             *error = at;
             return status;
@@ -199,9 +197,10 @@ void fq_job_poll(void *arg)
     }
 }
 
-/* Wait, with the lock, until no other thread fetches. The caller goes on polling. */
-static void await_turn(fq_job *job, bool is_caller)
+/* Wait until no other thread plans and fetches. The caller goes on polling. */
+static void take_turn(fq_job *job, bool is_caller)
 {
+    pthread_mutex_lock(&job->lock);
     while (job->fetching) {
         if (!is_caller) {
             pthread_cond_wait(&job->turn, &job->lock);
@@ -212,6 +211,20 @@ static void await_turn(fq_job *job, bool is_caller)
         fq_job_poll(job);
         pthread_mutex_lock(&job->lock);
     }
+    job->fetching = true;
+    pthread_mutex_unlock(&job->lock);
+}
+
+static void give_turn(fq_job *job, fq_status status)
+{
+    if (status == FQ_ERR_SOURCE) { /* before the next one takes its turn: a source that failed is asked no more */
+        atomic_store(&job->cancelled, true);
+        atomic_store(&job->stop, true);
+    }
+    pthread_mutex_lock(&job->lock);
+    job->fetching = false;
+    pthread_cond_signal(&job->turn);
+    pthread_mutex_unlock(&job->lock);
 }
 
 /* Claim a batch and do it. Returns false when there is nothing left to claim. */
@@ -223,21 +236,20 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     const bool ordered = job->reader->ordered;
     bool zeroes; /* nothing to read: write() makes them itself */
     fq_error error;
-    fq_status status;
+    fq_status status = FQ_OK;
 
-    pthread_mutex_lock(&job->lock);
-    if (ordered) {
-        await_turn(job, b->by_caller);
-        if (atomic_load(&job->stop)) {
-            pthread_mutex_unlock(&job->lock);
-            return false;
-        }
-        job->fetching = true;
-    }
-    status = plan(job, b, &error);
+    if (ordered)
+        take_turn(job, b->by_caller);
+    else
+        pthread_mutex_lock(&job->lock);
+    b->count = 0;
+    b->nbytes = 0;
+    if (!atomic_load(&job->stop))
+        status = plan(job, b, &error);
     if (b->count == 0)
         job->cursor = job->end; /* after an error: nobody else needs to meet it */
-    pthread_mutex_unlock(&job->lock);
+    if (!ordered)
+        pthread_mutex_unlock(&job->lock);
 
     zeroes = b->count == 0 || (job->write && fq_run_reads_zero(&b->runs[0]));
     if (!zeroes && !job->dest) {
@@ -248,16 +260,8 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     }
     if (!zeroes && status == FQ_OK)
         status = fq_batch_fetch(job, b, scratch, dest, &error);
-    if (ordered) {
-        if (status == FQ_ERR_SOURCE) { /* before the next one takes its turn: a source that failed is asked no more */
-            atomic_store(&job->cancelled, true);
-            atomic_store(&job->stop, true);
-        }
-        pthread_mutex_lock(&job->lock);
-        job->fetching = false;
-        pthread_cond_broadcast(&job->turn);
-        pthread_mutex_unlock(&job->lock);
-    }
+    if (ordered)
+        give_turn(job, status);
 
     if (!zeroes && status == FQ_OK)
         status = fq_batch_inflate(job, b, scratch, dest, &error);
