@@ -8,10 +8,11 @@
  * cluster is looked for in the cache but not put there: it would cost a copy, and a long read would fill the cache with what is
  * not asked for again.
  *
- * A compressed cluster that runs past the end of the file is inflated from the bytes that are there. QEMU adds zeroes to them, and so
- * takes a stream that was cut for one that happens to go on with zeroes; here it is an error.
+ * A compressed cluster that runs past the end of the file is inflated from the bytes that are there. QEMU adds zeroes to them, and
+ * so takes a stream that was cut for one that happens to go on with zeroes; here it is an error.
  *
- * What a file can make us allocate here: scratch buffers of some twice the batch, as a descriptor can claim two cluster sizes of input.
+ * What a file can make us allocate here: scratch buffers of some twice the batch, as a descriptor can claim two cluster sizes of
+ * input.
  */
 #include "internal.h"
 #include "layout.h"
@@ -87,8 +88,8 @@ static void scatter(const fq_dest *dest, uint64_t guest_off, const uint8_t *from
 /* ---- plain data */
 
 /*
- * A data cluster that the end of the file cuts is followed by zeroes, as for QEMU. One that starts beyond the end is an error here, where
- * QEMU gives zeroes: the file was cut, and the bytes are lost.
+ * A data cluster that the end of the file cuts is followed by zeroes, as for QEMU. One that starts beyond the end is an error here,
+ * where QEMU gives zeroes: the file was cut, and the bytes are lost.
  */
 static fq_status read_data(fq_job *job, const fq_run *run, uint64_t done, uint8_t *to, size_t nbytes, fq_error *error)
 {
@@ -148,7 +149,8 @@ static fq_status fetch_data(fq_job *job, const fq_run *run, fq_scratch *scratch,
 
 /* ---- compressed clusters */
 
-static fq_status inflate_run(const fq_run *run, fq_scratch *scratch, const uint8_t *in, size_t in_nbytes, uint8_t *out, fq_error *error)
+static fq_status inflate_run(const fq_run *run, fq_scratch *scratch, const uint8_t *in, size_t in_nbytes, uint8_t *out,
+                             fq_error *error)
 {
     const fq_geometry *g = &run->layer->geometry;
     const fq_status status = fq_inflater_run(scratch->inflater, g->codec, in, in_nbytes, out, (size_t)fq_cluster_size(g));
@@ -280,8 +282,8 @@ static fq_status read_part_of_cluster(fq_job *job, const fq_run *run, fq_scratch
     cluster_fill fill = {job, run, scratch, error};
     fq_block *block;
     bool filled;
-    fq_status status = fq_cache_get(layer->clusters, layer->owner, run->entry, (size_t)fq_cluster_size(&layer->geometry), fill_cluster,
-                                    &fill, &filled, &block);
+    fq_status status = fq_cache_get(layer->clusters, layer->owner, run->entry, (size_t)fq_cluster_size(&layer->geometry),
+                                    fill_cluster, &fill, &filled, &block);
 
     if (status != FQ_OK)
         return filled ? status : fail_in_run(error, status, run, FQ_NOWHERE, FQ_NOWHERE);
@@ -315,8 +317,8 @@ static fq_status read_whole_cluster(fq_batch *b, size_t i, fq_scratch *scratch, 
 }
 
 /*
- * The order matters: whole clusters first, out of scratch->in, which the parts of clusters then use again. Of several errors the one with
- * the lowest guest offset counts.
+ * The order matters: whole clusters first, out of scratch->in, which the parts of clusters then use again. Of several errors the
+ * one with the lowest guest offset counts.
  */
 fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {

@@ -3,18 +3,18 @@
  *
  * Why it is fast: a hit takes one of several locks (shards, by hash) for a look-up and a counter; the bytes are copied outside it.
  *
- * Why nothing is made twice: a block is listed before it is filled, and whoever wants it meanwhile waits for that one filling. A failed
- * filling is taken off the list; each waiter then tries itself, so that everybody gets an error of its own request.
+ * Why nothing is made twice: a block is listed before it is filled, and whoever wants it meanwhile waits for that one filling. A
+ * failed filling is taken off the list; each waiter then tries itself, so that everybody gets an error of its own request.
  *
  * Why a long sequential read does not wash it out: a new block is on probation, and the block that has been there longest leaves
- * first. It is kept for good (in the protected list, at most 3/4 of the budget) when it is used a second time. Sixteen reads of 4 KiB that
- * run through one cluster are one use: a use counts only if it does not start where the last one ended.
+ * first. It is kept for good (in the protected list, at most 3/4 of the budget) when it is used a second time. Sixteen reads of 4
+ * KiB that run through one cluster are one use: a use counts only if it does not start where the last one ended.
  *
- * Bound: the listed blocks of a shard never sum to more than its budget for longer than one look-up. Blocks in use are pinned; taken off
- * the list while pinned, they are freed by the last user. So at most what is in use lies outside the budget.
+ * Bound: the listed blocks of a shard never sum to more than its budget for longer than one look-up. Blocks in use are pinned;
+ * taken off the list while pinned, they are freed by the last user. So at most what is in use lies outside the budget.
  *
- * fork: locks are held over it, so the child finds the lists whole. A block that was being filled by a thread that the child does not
- * have is recognised by its count of forks and filled anew.
+ * fork: locks are held over it, so the child finds the lists whole. A block that was being filled by a thread that the child does
+ * not have is recognised by its count of forks and filled anew.
  */
 #include "internal.h"
 
@@ -22,8 +22,8 @@
 
 enum {
     MAX_SHARDS = 16,
-    BLOCKS_PER_SHARD = 8,      /* at least, of the largest blocks, so that one does not push out another */
-    BUCKET_NBYTES = 4 << 10,   /* one bucket for so much of the budget: few blocks are smaller, and then chains are short */
+    BLOCKS_PER_SHARD = 8,    /* at least, of the largest blocks, so that one does not push out another */
+    BUCKET_NBYTES = 4 << 10, /* one bucket for so much of the budget: few blocks are smaller, and then chains are short */
     MAX_BUCKETS = 1 << 14,
 };
 
@@ -283,7 +283,8 @@ static fq_block *new_block(fq_cache *c, shard *s, uint64_t hash, uint32_t owner,
     return b;
 }
 
-fq_status fq_cache_get(fq_cache *c, uint32_t owner, uint64_t key, size_t nbytes, fq_fill_fn fill, void *arg, bool *filled, fq_block **out)
+fq_status fq_cache_get(fq_cache *c, uint32_t owner, uint64_t key, size_t nbytes, fq_fill_fn fill, void *arg, bool *filled,
+                       fq_block **out)
 {
     const uint64_t hash = hash_of(owner, key);
     shard *s = shard_of(c, hash);

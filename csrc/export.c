@@ -1,11 +1,12 @@
 /*
  * export.c - a range of a reader to a descriptor
  *
- * Threads claim batches as any read does, inflate into a buffer of their own, and write by position what is not zero: nothing is handed
- * over, nothing is put in order. Ranges that the tables already call zero are not claimed as data and cost nothing, however long.
+ * Threads claim batches as any read does, inflate into a buffer of their own, and write by position what is not zero: nothing is
+ * handed over, nothing is put in order. Ranges that the tables already call zero are not claimed as data and cost nothing, however
+ * long.
  *
- * Zeroes inside data are found a grain at a time (4 KiB as qemu-img does, at offsets that are multiples of it): the first word tells for
- * almost every grain that it is not zero; for one that may be, memcmp with itself one word on runs at memory speed.
+ * Zeroes inside data are found a grain at a time (4 KiB as qemu-img does, at offsets that are multiples of it): the first word
+ * tells for almost every grain that it is not zero; for one that may be, memcmp with itself one word on runs at memory speed.
  */
 #include "internal.h"
 #include "layout.h"
@@ -79,7 +80,8 @@ static fq_status write_zeroes(fq_job *job, export_to *to, uint64_t off, uint64_t
     return FQ_OK;
 }
 
-/* Write a buffer, leaving out the grains that are zero. Grains lie at multiples of their size; the ends of the range may cut one. */
+/* Write a buffer, leaving out the grains that are zero. Grains lie at multiples of their size; the ends of the range may cut one.
+ */
 static fq_status write_sparse(fq_job *job, export_to *to, const uint8_t *p, uint64_t nbytes, uint64_t off, fq_error *error)
 {
     const uint64_t grain = to->target->grain;

@@ -22,34 +22,34 @@
 #include <stdint.h>
 
 /* Every way to fail, each with the sentence that a person is shown. */
-#define FQ_STATUSES(X)                                                                                                             \
-    X(FQ_OK, "no error")                                                                                                           \
-    X(FQ_ERR_NOMEM, "not enough memory")                                                                                           \
-    X(FQ_ERR_ARGUMENT, "an argument is out of its range")                                                                          \
-    X(FQ_ERR_READ, "the file could not be read")                                                                                   \
-    X(FQ_ERR_WRITE, "the target could not be written")                                                                             \
-    X(FQ_ERR_SOURCE, "the file object failed to read")                                                                             \
-    X(FQ_ERR_SHORT_READ, "the file ended before the length that it has")                                                           \
-    X(FQ_ERR_CANCELLED, "the caller asked to stop")                                                                                \
-    X(FQ_ERR_L1_EOF, "the L1 table runs past the end of the file")                                                                 \
-    X(FQ_ERR_L2_UNALIGNED, "the L1 entry points to an L2 table that is not aligned to a cluster")                                  \
-    X(FQ_ERR_L2_EOF, "the L2 table runs past the end of the file")                                                                 \
-    X(FQ_ERR_CLUSTER_UNALIGNED, "the L2 entry points to a data cluster that is not aligned to a cluster")                          \
-    X(FQ_ERR_CLUSTER_EOF, "the data cluster starts beyond the end of the file")                                                    \
-    X(FQ_ERR_ZERO_IN_V2, "the L2 entry has the zero flag, which version 2 does not have")                                          \
-    X(FQ_ERR_SUBCLUSTER_BOTH, "the L2 entry says of a subcluster that it is both allocated and zero")                              \
-    X(FQ_ERR_SUBCLUSTER_NOWHERE, "the L2 entry says that subclusters are allocated, but gives no cluster")                         \
-    X(FQ_ERR_COMPRESSED_EOF, "the compressed cluster starts beyond the end of the file")                                           \
-    X(FQ_ERR_DEFLATE, "the compressed cluster is not a valid deflate stream")                                                      \
-    X(FQ_ERR_ZSTD, "the compressed cluster is not a valid zstd stream")                                                            \
-    X(FQ_ERR_INFLATED_SHORT, "the compressed cluster inflates to less than a cluster")                                             \
+#define FQ_STATUSES(X)                                                                                     \
+    X(FQ_OK, "no error")                                                                                   \
+    X(FQ_ERR_NOMEM, "not enough memory")                                                                   \
+    X(FQ_ERR_ARGUMENT, "an argument is out of its range")                                                  \
+    X(FQ_ERR_READ, "the file could not be read")                                                           \
+    X(FQ_ERR_WRITE, "the target could not be written")                                                     \
+    X(FQ_ERR_SOURCE, "the file object failed to read")                                                     \
+    X(FQ_ERR_SHORT_READ, "the file ended before the length that it has")                                   \
+    X(FQ_ERR_CANCELLED, "the caller asked to stop")                                                        \
+    X(FQ_ERR_L1_EOF, "the L1 table runs past the end of the file")                                         \
+    X(FQ_ERR_L2_UNALIGNED, "the L1 entry points to an L2 table that is not aligned to a cluster")          \
+    X(FQ_ERR_L2_EOF, "the L2 table runs past the end of the file")                                         \
+    X(FQ_ERR_CLUSTER_UNALIGNED, "the L2 entry points to a data cluster that is not aligned to a cluster")  \
+    X(FQ_ERR_CLUSTER_EOF, "the data cluster starts beyond the end of the file")                            \
+    X(FQ_ERR_ZERO_IN_V2, "the L2 entry has the zero flag, which version 2 does not have")                  \
+    X(FQ_ERR_SUBCLUSTER_BOTH, "the L2 entry says of a subcluster that it is both allocated and zero")      \
+    X(FQ_ERR_SUBCLUSTER_NOWHERE, "the L2 entry says that subclusters are allocated, but gives no cluster") \
+    X(FQ_ERR_COMPRESSED_EOF, "the compressed cluster starts beyond the end of the file")                   \
+    X(FQ_ERR_DEFLATE, "the compressed cluster is not a valid deflate stream")                              \
+    X(FQ_ERR_ZSTD, "the compressed cluster is not a valid zstd stream")                                    \
+    X(FQ_ERR_INFLATED_SHORT, "the compressed cluster inflates to less than a cluster")                     \
     X(FQ_ERR_INFLATED_LONG, "the compressed cluster inflates to more than a cluster")
 
 typedef enum fq_status {
 #define FQ_ENUM(name, sentence) name,
     FQ_STATUSES(FQ_ENUM)
 #undef FQ_ENUM
-    FQ_STATUS_COUNT
+        FQ_STATUS_COUNT
 } fq_status;
 
 /* The sentence of a status; a fixed string also for a number that is no status. */
@@ -60,14 +60,14 @@ const char *fq_status_sentence(fq_status status);
 /* Where it went wrong. A field that means nothing for the status is FQ_NOWHERE (or 0 for the errno). */
 typedef struct fq_error {
     fq_status status;
-    int sys_errno;      /* of FQ_ERR_READ and FQ_ERR_WRITE */
-    uint32_t depth;     /* layer of the chain: 0 is the image itself */
+    int sys_errno;  /* of FQ_ERR_READ and FQ_ERR_WRITE */
+    uint32_t depth; /* layer of the chain: 0 is the image itself */
     uint64_t guest_off;
     uint64_t host_off;
-    uint64_t value;     /* the table entry, or the number, that was wrong */
+    uint64_t value; /* the table entry, or the number, that was wrong */
 } fq_error;
 
-/* ---- Inflation (inflate.c, scratch.c) ------------------------------------------------------------------------------------------ */
+/* ---- Inflation (inflate.c, scratch.c) */
 
 typedef enum fq_codec {
     FQ_CODEC_DEFLATE,      /* raw deflate by the fastest engine built in */
@@ -88,13 +88,13 @@ const char *fq_version_libdeflate(void);
 const char *fq_version_libz(void);
 const char *fq_version_libzstd(void);
 
-/* ---- Tables (layout.h, l2.c) -------------------------------------------------------------------------------------------- */
+/* ---- Tables (layout.h, l2.c) */
 
 typedef enum fq_kind {
     FQ_UNALLOCATED,       /* the backing file's bytes, or zeroes */
     FQ_UNALLOCATED_ALLOC, /* the same, of a subcluster whose cluster has a place in the file */
     FQ_ZERO,
-    FQ_ZERO_ALLOC,        /* zeroes, with a place in the file that is not read */
+    FQ_ZERO_ALLOC, /* zeroes, with a place in the file that is not read */
     FQ_DATA,
     FQ_COMPRESSED,
     FQ_KIND_COUNT
@@ -115,7 +115,7 @@ typedef struct fq_geometry {
 void fq_l2_parse(const fq_geometry *geometry, const uint8_t *table, size_t entries, uint8_t *kind, uint64_t *host_off,
                  uint32_t *in_nbytes);
 
-/* ---- Sources (source.c) ------------------------------------------------------------------------------------------------- */
+/* ---- Sources (source.c) */
 
 typedef struct fq_source fq_source;
 
@@ -139,7 +139,7 @@ fq_status fq_source_read(fq_source *source, const fq_request *request, uint8_t *
 /* The length of the file as it is now. */
 uint64_t fq_source_size(const fq_source *source);
 
-/* ---- Readers (reader.c) ------------------------------------------------------------------------------------------------- */
+/* ---- Readers (reader.c) */
 
 typedef struct fq_reader fq_reader;
 
@@ -158,8 +158,8 @@ typedef struct fq_iovec {
 
 typedef struct fq_reader_options {
     fq_geometry geometry;
-    uint64_t size;               /* of the virtual disk */
-    uint64_t l1_off;             /* of the active L1 table in the file */
+    uint64_t size;   /* of the virtual disk */
+    uint64_t l1_off; /* of the active L1 table in the file */
     uint32_t l1_entries;
     size_t largest_cluster;      /* of the chain, to size the caches' locks by */
     size_t cluster_cache_nbytes; /* bound on inflated clusters kept, and ... */
@@ -201,12 +201,12 @@ typedef struct fq_stats {
 /* Sums over the reader and the layers below it (bytes_returned: of this reader alone). */
 void fq_reader_stats(const fq_reader *reader, fq_stats *stats);
 
-/* ---- Export (export.c) -------------------------------------------------------------------------------------------------- */
+/* ---- Export (export.c) */
 
 typedef struct fq_target {
-    int fd;            /* written by position; its own position is not touched */
-    uint64_t grain;    /* runs of zeroes in units of so many bytes are not written as data; 0: everything is written */
-    bool reads_zero;   /* what is not written reads as zeroes already (a new file) */
+    int fd;          /* written by position; its own position is not touched */
+    uint64_t grain;  /* runs of zeroes in units of so many bytes are not written as data; 0: everything is written */
+    bool reads_zero; /* what is not written reads as zeroes already (a new file) */
 } fq_target;
 
 /* Write the guest range to the same offsets of the target, by many threads. *written counts bytes of data written. */

@@ -1,11 +1,11 @@
 /*
  * inflate.c - one compressed cluster to one cluster
  *
- * Deflate is tried with libdeflate, which is over twice as fast as libz but only knows whole streams: it fails where the stream goes
- * on past the cluster, or stops without an end mark. QEMU takes both (it asks of libz only that the cluster be full), so whatever
- * libdeflate does not take is put to libz, and libz's verdict is the verdict. The second try costs time on damaged clusters alone. The
- * other way round a difference is left: libdeflate takes the length symbols 286 and 287 and the distance symbols 30 and 31, which no
- * encoder writes and libz refuses.
+ * Deflate is tried with libdeflate, which is over twice as fast as libz but only knows whole streams: it fails where the stream
+ * goes on past the cluster, or stops without an end mark. QEMU takes both (it asks of libz only that the cluster be full), so
+ * whatever libdeflate does not take is put to libz, and libz's verdict is the verdict. The second try costs time on damaged
+ * clusters alone. The other way round a difference is left: libdeflate takes the length symbols 286 and 287 and the distance
+ * symbols 30 and 31, which no encoder writes and libz refuses.
  *
  * The window given to libz is 15 bits where QEMU gives 12. With the whole output in one buffer libz reads distances out of that
  * buffer, never out of the window, so both take the same streams; 15 says what is meant.

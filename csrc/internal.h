@@ -26,7 +26,8 @@ typedef struct fq_inflater fq_inflater;
 fq_inflater *fq_inflater_new(void); /* NULL without memory */
 void fq_inflater_free(fq_inflater *inflater);
 /* As fq_inflate. */
-fq_status fq_inflater_run(fq_inflater *inflater, fq_codec codec, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t out_nbytes);
+fq_status fq_inflater_run(fq_inflater *inflater, fq_codec codec, const uint8_t *in, size_t in_nbytes, uint8_t *out,
+                          size_t out_nbytes);
 
 /* ---- scratch.c: buffers and codec states of one thread at work, kept for the next one */
 
@@ -46,8 +47,8 @@ bool fq_scratch_grow(uint8_t **buf, size_t *capacity, size_t nbytes);
 /* ---- pool.c: the process's worker threads */
 
 /*
- * Run fn(arg) on this thread and on up to `helpers` others at the same time; returns when all have returned. This thread, while it waits
- * for the others, calls idle(arg) some 20 times a second.
+ * Run fn(arg) on this thread and on up to `helpers` others at the same time; returns when all have returned. This thread, while it
+ * waits for the others, calls idle(arg) some 20 times a second.
  */
 void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (*idle)(void *arg), void *arg);
 /* Wait on a condition for at most FQ_POLL_MS. */
@@ -68,8 +69,8 @@ uint32_t fq_cache_new_owner(fq_cache *cache);
 typedef fq_status (*fq_fill_fn)(void *arg, uint8_t *data);
 
 /*
- * The block, pinned until fq_cache_release. Of callers that ask at once for a block that is not there, one runs `fill` and the others
- * wait; if it fails, its caller gets the status and each waiter tries for itself. *filled says that this call ran `fill`.
+ * The block, pinned until fq_cache_release. Of callers that ask at once for a block that is not there, one runs `fill` and the
+ * others wait; if it fails, its caller gets the status and each waiter tries for itself. *filled says that this call ran `fill`.
  */
 fq_status fq_cache_get(fq_cache *cache, uint32_t owner, uint64_t key, size_t nbytes, fq_fill_fn fill, void *arg, bool *filled,
                        fq_block **out);
@@ -111,11 +112,11 @@ typedef struct fq_run {
 } fq_run;
 
 /*
- * The run at guest_off, at most nbytes long (nbytes > 0, all within the disk), looked up through the whole chain. A layer's L2 table
- * is read into its cache if it must be. find_holes also asks plain files for their holes.
+ * The run at guest_off, at most nbytes long (nbytes > 0, all within the disk), looked up through the whole chain. A layer's L2
+ * table is read into its cache if it must be. find_holes also asks plain files for their holes.
  */
-fq_status fq_resolve(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, bool find_holes, const fq_request *request, fq_run *run,
-                     fq_error *error);
+fq_status fq_resolve(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, bool find_holes, const fq_request *request,
+                     fq_run *run, fq_error *error);
 
 static inline bool fq_run_reads_zero(const fq_run *run)
 {
@@ -157,18 +158,18 @@ void fq_batch_release(fq_batch *batch);
 struct fq_job {
     fq_reader *reader;
     const fq_request *request;
-    const fq_dest *dest;   /* where the bytes go; NULL: to write() */
+    const fq_dest *dest; /* where the bytes go; NULL: to write() */
     fq_status (*write)(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, fq_error *error); /* NULL: zeroes */
-    void *arg;             /* for write() */
+    void *arg;                                                                                                   /* for write() */
     bool zeroes_are_free;  /* write() does nothing for zeroes: they need not be cut up */
     uint64_t batch_nbytes; /* claim about so much at a time */
     uint64_t end;
 
     pthread_mutex_t lock;
     pthread_cond_t turn;
-    bool fetching; /* an ordered source is being read; the next one waits for its turn */
-    uint64_t cursor; /* the first byte that nobody has claimed */
-    fq_error error;  /* the first one by guest offset */
+    bool fetching;         /* an ordered source is being read; the next one waits for its turn */
+    uint64_t cursor;       /* the first byte that nobody has claimed */
+    fq_error error;        /* the first one by guest offset */
     atomic_bool stop;      /* claim no more: what is claimed is finished, so that the lowest error is found */
     atomic_bool cancelled; /* not even that */
     atomic_uint_fast64_t done_nbytes;

@@ -1,10 +1,10 @@
 /*
  * l2.c - guest range to runs of one kind
  *
- * L2 tables are read in slices of at most 64 KiB, turned to the machine's byte order once, and kept in the cache; a look-up that hits is
- * a hash, a lock and a few additions. So the walk keeps no position: each call finds its slice anew, costs some 50 ns, and returns a run as
- * long as the slice has it. Reading in slices also confines damage: a table cut short by the end of the file is an error only where it
- * is cut.
+ * L2 tables are read in slices of at most 64 KiB, turned to the machine's byte order once, and kept in the cache; a look-up that
+ * hits is a hash, a lock and a few additions. So the walk keeps no position: each call finds its slice anew, costs some 50 ns, and
+ * returns a run as long as the slice has it. Reading in slices also confines damage: a table cut short by the end of the file is an
+ * error only where it is cut.
  *
  * A stretch without L2 tables is walked by the L1 table alone, which is what makes an empty disk of 64 TiB quick to walk.
  */
@@ -12,8 +12,9 @@
 #include "layout.h"
 
 enum {
-    /* Nothing is looked at twice without need: a layer above others sees its run cut short by what they hold, and a run that is cut is
-       looked up again from there. So the look ahead is bounded: over a backing file narrowly, else so that it costs microseconds. */
+    /* Nothing is looked at twice without need: a layer above others sees its run cut short by what they hold, and a run that is cut
+       is looked up again from there. So the look ahead is bounded: over a backing file narrowly, else so that it costs
+       microseconds. */
     LOOK_AHEAD_OVER_BACKING = 64,
     LOOK_AHEAD_L1 = 4096,
 };
@@ -45,7 +46,8 @@ static fq_status fill_slice(void *arg, uint8_t *data)
 }
 
 /* The slice of L2 entries for guest_off, and the run of decodable units in it that continue the first one. */
-static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_request *request, fq_run *run, fq_error *error)
+static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_request *request, fq_run *run,
+                               fq_error *error)
 {
     const fq_geometry *g = &r->geometry;
     const unsigned entry_bits = fq_l2_entry_bits(g), l2_bits = g->cluster_bits - entry_bits, unit_bits = fq_unit_bits(g);
@@ -143,8 +145,8 @@ static void resolve_raw(fq_reader *r, uint64_t off, uint64_t nbytes, bool find_h
     run->kind = hole ? FQ_ZERO_ALLOC : FQ_DATA;
 }
 
-fq_status fq_resolve(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, bool find_holes, const fq_request *request, fq_run *run,
-                     fq_error *error)
+fq_status fq_resolve(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, bool find_holes, const fq_request *request,
+                     fq_run *run, fq_error *error)
 {
     for (uint32_t depth = 0;; depth++) {
         if (reader->raw) {

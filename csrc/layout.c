@@ -1,7 +1,8 @@
 /*
  * layout.c - a whole L2 table decoded at once, for those who walk tables themselves
  *
- * The reader decodes an entry when it comes to it (l2.c); this is for other readers, which have a table's bytes and want its columns.
+ * The reader decodes an entry when it comes to it (l2.c); this is for other readers, which have a table's bytes and want its
+ * columns.
  */
 #include "layout.h"
 

@@ -1,8 +1,8 @@
 /*
  * pool.c - the process's worker threads
  *
- * One pool for all readers. A job is a function that any number of threads may run at once, each taking work until none is left, so the
- * calling thread does all of it where no worker comes in time, where none can be started, and in a child after fork, where the
+ * One pool for all readers. A job is a function that any number of threads may run at once, each taking work until none is left, so
+ * the calling thread does all of it where no worker comes in time, where none can be started, and in a child after fork, where the
  * parent's workers do not exist. Nothing ever waits for a worker to become free; that is also why no job can deadlock on another.
  *
  * Workers are started when a job first wants them and then sleep on a condition. They block all signals, which belong to the

@@ -1,12 +1,12 @@
 /*
  * reader.c - plan and share out: the one read path
  *
- * A request is a job. Threads claim batches of it in guest order; to claim is to plan, that is, to walk the tables for the next runs, and
- * happens under the job's lock, since it costs next to nothing beside inflating. What a thread claims it fetches, inflates and
- * delivers itself (batch.c); nothing is handed from thread to thread.
+ * A request is a job. Threads claim batches of it in guest order; to claim is to plan, that is, to walk the tables for the next
+ * runs, and happens under the job's lock, since it costs next to nothing beside inflating. What a thread claims it fetches,
+ * inflates and delivers itself (batch.c); nothing is handed from thread to thread.
  *
- * Of sources that may be streams (callbacks), one thread plans and fetches at a time, in its turn, so that the reads come in file order;
- * inflating still runs on all threads.
+ * Of sources that may be streams (callbacks), one thread plans and fetches at a time, in its turn, so that the reads come in file
+ * order; inflating still runs on all threads.
  *
  * What a file can make us allocate here: the L1 table, bounded by the caller to 32 MiB, and the caches' budgets.
  */
@@ -21,7 +21,7 @@ enum {
     BATCH_NBYTES_MIN = 64 << 10,
     BATCH_NBYTES_MAX = 1 << 20,
     PARALLEL_DATA_NBYTES = 1 << 20, /* plain data worth a second thread */
-    ZEROES_NBYTES_MAX = 64 << 20, /* to be written at a time */
+    ZEROES_NBYTES_MAX = 64 << 20,   /* to be written at a time */
 };
 
 static fq_reader *new_reader(fq_source *source, fq_reader *backing, const fq_reader_options *o)
@@ -65,8 +65,9 @@ fq_status fq_reader_open_qcow2(fq_source *source, fq_reader *backing, const fq_r
     fq_reader *r;
     size_t got;
 
-    if (o->geometry.cluster_bits < 9 || o->geometry.cluster_bits > 21 || (o->geometry.extended_l2 && o->geometry.cluster_bits < 14) ||
-        o->size > INT64_MAX || (unsigned)o->geometry.codec >= FQ_CODEC_COUNT)
+    if (o->geometry.cluster_bits < 9 || o->geometry.cluster_bits > 21 ||
+        (o->geometry.extended_l2 && o->geometry.cluster_bits < 14) || o->size > INT64_MAX ||
+        (unsigned)o->geometry.codec >= FQ_CODEC_COUNT)
         return fq_fail(error, FQ_ERR_ARGUMENT, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
     r = new_reader(source, backing, o);
     if (!r || !(r->l1 = malloc(l1_nbytes ? l1_nbytes : 1))) {
@@ -124,9 +125,9 @@ void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nb
 }
 
 /*
- * Plan the next batch. Called by one thread at a time. Compressed clusters are not cut, all other runs are cut where the batch is full. A batch to
- * be written is either all zeroes, and then longer, or has none. A run that cannot be planned ends the batch before it; the next
- * claim meets it first, and fails. (But a source that fails is not asked again.)
+ * Plan the next batch. Called by one thread at a time. Compressed clusters are not cut, all other runs are cut where the batch is
+ * full. A batch to be written is either all zeroes, and then longer, or has none. A run that cannot be planned ends the batch
+ * before it; the next claim meets it first, and fails. (But a source that fails is not asked again.)
  */
 static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
 {
@@ -135,7 +136,8 @@ static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
         fq_run *run = &b->runs[b->count];
         const uint64_t room = job->batch_nbytes - b->nbytes;
         fq_error at;
-        const fq_status status = fq_resolve(job->reader, job->cursor, job->end - job->cursor, job->write != NULL, job->request, run, &at);
+        const fq_status status =
+            fq_resolve(job->reader, job->cursor, job->end - job->cursor, job->write != NULL, job->request, run, &at);
 
         if (status != FQ_OK) {
             if (b->count > 0 && status != FQ_ERR_SOURCE)
@@ -306,11 +308,12 @@ fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error)
 /* ---- scattered reads */
 
 /*
- * Is there work for more than one thread? Two compressed clusters are, plain data of a certain size is, zeroes are not. Looks at a few
- * runs only, through tables that the read itself needs next. What is wrong with the image is met again there, and reported there; a source
- * that fails is not asked again.
+ * Is there work for more than one thread? Two compressed clusters are, plain data of a certain size is, zeroes are not. Looks at a
+ * few runs only, through tables that the read itself needs next. What is wrong with the image is met again there, and reported
+ * there; a source that fails is not asked again.
  */
-static fq_status worth_threads(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_request *request, bool *worth, fq_error *error)
+static fq_status worth_threads(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_request *request, bool *worth,
+                               fq_error *error)
 {
     uint64_t data = 0;
     int compressed = 0;
@@ -335,7 +338,8 @@ static fq_status worth_threads(fq_reader *r, uint64_t guest_off, uint64_t nbytes
     return FQ_OK;
 }
 
-fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint64_t guest_off, const fq_request *request, fq_error *error)
+fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint64_t guest_off, const fq_request *request,
+                           fq_error *error)
 {
     const uint64_t nbytes = niov ? iov[niov - 1].start + iov[niov - 1].nbytes : 0;
     const fq_dest dest = {iov, niov, guest_off};

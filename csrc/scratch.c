@@ -1,9 +1,9 @@
 /*
  * scratch.c - buffers and codec states that outlive one call
  *
- * A thread at work takes one from a list and puts it back when it is done, so there are never more than there were threads at work at
- * once, and the one that was used last, whose memory is warm, is used next. A list under a lock rather than thread-local storage: callers are threads
- * that we did not start, and would leave their state behind when they end.
+ * A thread at work takes one from a list and puts it back when it is done, so there are never more than there were threads at work
+ * at once, and the one that was used last, whose memory is warm, is used next. A list under a lock rather than thread-local
+ * storage: callers are threads that we did not start, and would leave their state behind when they end.
  */
 #include "internal.h"
 

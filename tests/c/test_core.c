@@ -1,8 +1,8 @@
 /*
  * test_core.c - the core without Python, to be run under ASan, UBSan and TSan
  *
- * Images are made in memory and read through callbacks and descriptors. Buffers end at a page that cannot be touched (guarded()), so that
- * one byte too many ends the program, also where a sanitizer does not look, as inside of libdeflate.
+ * Images are made in memory and read through callbacks and descriptors. Buffers end at a page that cannot be touched (guarded()),
+ * so that one byte too many ends the program, also where a sanitizer does not look, as inside of libdeflate.
  */
 #include "internal.h"
 #include "layout.h"
@@ -19,12 +19,12 @@
 #include <zlib.h>
 #include <zstd.h>
 
-#define CHECK(condition)                                                                                                           \
-    do {                                                                                                                           \
-        if (!(condition)) {                                                                                                        \
-            fprintf(stderr, "%s:%d: in %s: %s is not true\n", __FILE__, __LINE__, __func__, #condition);                           \
-            exit(1);                                                                                                               \
-        }                                                                                                                          \
+#define CHECK(condition)                                                                                 \
+    do {                                                                                                 \
+        if (!(condition)) {                                                                              \
+            fprintf(stderr, "%s:%d: in %s: %s is not true\n", __FILE__, __LINE__, __func__, #condition); \
+            exit(1);                                                                                     \
+        }                                                                                                \
     } while (0)
 
 enum { BITS = 16, CLUSTER = 1 << BITS, CLUSTERS = 48, TABLES = 3 * CLUSTER };
@@ -292,7 +292,9 @@ static void test_damage(fq_codec codec)
 
     for (int k = 0; k < 300; k++) {
         const size_t place = (seed = seed * 1103515245 + 12345) >> 8;
-        const size_t off = k % 3 == 0 ? place % 8 : k % 3 == 1 ? CLUSTER + place % (8 * CLUSTERS) : TABLES + place % (m.nbytes - TABLES);
+        const size_t off = k % 3 == 0   ? place % 8
+                           : k % 3 == 1 ? CLUSTER + place % (8 * CLUSTERS)
+                                        : TABLES + place % (m.nbytes - TABLES);
         const uint8_t before = m.file[off];
         fq_source *source = fq_source_callback(read_memory, &at, m.nbytes);
         fq_extent extents[16];
@@ -478,7 +480,8 @@ static void test_backing_and_map(void)
 {
     image m = make_image(FQ_CODEC_DEFLATE), top = make_image(FQ_CODEC_ZSTD);
     memory at = {.m = &m}, top_at = {.m = &top};
-    fq_source *below = fq_source_callback(read_memory, &at, m.nbytes), *above = fq_source_callback(read_memory, &top_at, top.nbytes);
+    fq_source *below = fq_source_callback(read_memory, &at, m.nbytes),
+              *above = fq_source_callback(read_memory, &top_at, top.nbytes);
     fq_reader *base = open_image(&m, below, NULL, 2, 1 << 20), *reader = open_image(&top, above, base, 2, 1 << 20);
     uint8_t *whole = malloc(top.size);
     fq_extent extents[2 * CLUSTERS];
