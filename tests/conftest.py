@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -50,3 +51,9 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def demo_image() -> Path:
     return Path(__file__).parent / "data" / "demo.qcow2"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interruptible() -> None:
+    """What is started in the background by a shell ignores Ctrl-C, and so do its children; the tests are about what it does."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
