@@ -96,7 +96,7 @@ static fq_status read_data(fq_job *job, const fq_run *run, uint64_t done, uint8_
     fq_reader *layer = run->layer;
     const uint64_t host_off = run->host_off + done;
     size_t got;
-    fq_status status = fq_source_read(layer->source, job->request, to, nbytes, host_off, &got, error);
+    fq_status status = fq_source_read(layer->data, job->request, to, nbytes, host_off, &got, error);
 
     if (status != FQ_OK) {
         error->guest_off = run->guest_off + done + got;
@@ -105,7 +105,7 @@ static fq_status read_data(fq_job *job, const fq_run *run, uint64_t done, uint8_
     }
     fq_count(&layer->bytes_fetched, got);
     if (got < nbytes) {
-        const uint64_t size = fq_source_size(layer->source), mask = layer->raw ? 0 : fq_cluster_size(&layer->geometry) - 1;
+        const uint64_t size = fq_source_size(layer->data), mask = layer->raw ? 0 : fq_cluster_size(&layer->geometry) - 1;
         const uint64_t last = (host_off + nbytes - 1) & ~mask, first_lost = (size + mask) & ~mask;
 
         /* A file object that has lost its end since, or a file that grows at this moment: where it ends is not known. */

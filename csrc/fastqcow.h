@@ -22,27 +22,29 @@
 #include <stdint.h>
 
 /* Every way to fail, each with the sentence that a person is shown. */
-#define FQ_STATUSES(X)                                                                                     \
-    X(FQ_OK, "no error")                                                                                   \
-    X(FQ_ERR_NOMEM, "not enough memory")                                                                   \
-    X(FQ_ERR_ARGUMENT, "an argument is out of its range")                                                  \
-    X(FQ_ERR_READ, "the file could not be read")                                                           \
-    X(FQ_ERR_WRITE, "the target could not be written")                                                     \
-    X(FQ_ERR_SOURCE, "the file object failed to read")                                                     \
-    X(FQ_ERR_SHORT_READ, "the file ended before the length that it has")                                   \
-    X(FQ_ERR_CANCELLED, "the caller asked to stop")                                                        \
-    X(FQ_ERR_L1_EOF, "the L1 table runs past the end of the file")                                         \
-    X(FQ_ERR_L2_UNALIGNED, "the L1 entry points to an L2 table that is not aligned to a cluster")          \
-    X(FQ_ERR_L2_EOF, "the L2 table runs past the end of the file")                                         \
-    X(FQ_ERR_CLUSTER_UNALIGNED, "the L2 entry points to a data cluster that is not aligned to a cluster")  \
-    X(FQ_ERR_CLUSTER_EOF, "the data cluster starts beyond the end of the file")                            \
-    X(FQ_ERR_ZERO_IN_V2, "the L2 entry has the zero flag, which version 2 does not have")                  \
-    X(FQ_ERR_SUBCLUSTER_BOTH, "the L2 entry says of a subcluster that it is both allocated and zero")      \
-    X(FQ_ERR_SUBCLUSTER_NOWHERE, "the L2 entry says that subclusters are allocated, but gives no cluster") \
-    X(FQ_ERR_COMPRESSED_EOF, "the compressed cluster starts beyond the end of the file")                   \
-    X(FQ_ERR_DEFLATE, "the compressed cluster is not a valid deflate stream")                              \
-    X(FQ_ERR_ZSTD, "the compressed cluster is not a valid zstd stream")                                    \
-    X(FQ_ERR_INFLATED_SHORT, "the compressed cluster inflates to less than a cluster")                     \
+#define FQ_STATUSES(X)                                                                                        \
+    X(FQ_OK, "no error")                                                                                      \
+    X(FQ_ERR_NOMEM, "not enough memory")                                                                      \
+    X(FQ_ERR_ARGUMENT, "an argument is out of its range")                                                     \
+    X(FQ_ERR_READ, "the file could not be read")                                                              \
+    X(FQ_ERR_WRITE, "the target could not be written")                                                        \
+    X(FQ_ERR_SOURCE, "the file object failed to read")                                                        \
+    X(FQ_ERR_SHORT_READ, "the file ended before the length that it has")                                      \
+    X(FQ_ERR_CANCELLED, "the caller asked to stop")                                                           \
+    X(FQ_ERR_L1_EOF, "the L1 table runs past the end of the file")                                            \
+    X(FQ_ERR_L2_UNALIGNED, "the L1 entry points to an L2 table that is not aligned to a cluster")             \
+    X(FQ_ERR_L2_EOF, "the L2 table runs past the end of the file")                                            \
+    X(FQ_ERR_CLUSTER_UNALIGNED, "the L2 entry points to a data cluster that is not aligned to a cluster")     \
+    X(FQ_ERR_CLUSTER_EOF, "the data cluster starts beyond the end of the file")                               \
+    X(FQ_ERR_ZERO_IN_V2, "the L2 entry has the zero flag, which version 2 does not have")                     \
+    X(FQ_ERR_COMPRESSED_OUTSIDE, "the L2 entry is compressed, which it cannot be with an external data file") \
+    X(FQ_ERR_OTHER_PLACE, "the L2 entry does not point to the cluster's own place in the external data file") \
+    X(FQ_ERR_SUBCLUSTER_BOTH, "the L2 entry says of a subcluster that it is both allocated and zero")         \
+    X(FQ_ERR_SUBCLUSTER_NOWHERE, "the L2 entry says that subclusters are allocated, but gives no cluster")    \
+    X(FQ_ERR_COMPRESSED_EOF, "the compressed cluster starts beyond the end of the file")                      \
+    X(FQ_ERR_DEFLATE, "the compressed cluster is not a valid deflate stream")                                 \
+    X(FQ_ERR_ZSTD, "the compressed cluster is not a valid zstd stream")                                       \
+    X(FQ_ERR_INFLATED_SHORT, "the compressed cluster inflates to less than a cluster")                        \
     X(FQ_ERR_INFLATED_LONG, "the compressed cluster inflates to more than a cluster")
 
 typedef enum fq_status {
@@ -104,6 +106,7 @@ typedef struct fq_geometry {
     uint32_t version;      /* 2 or 3 */
     uint32_t cluster_bits; /* 9 to 21 */
     bool extended_l2;      /* 16-byte entries, 32 subclusters a cluster */
+    bool external_data;    /* clusters lie in another file, each at its guest offset */
     fq_codec codec;
 } fq_geometry;
 
@@ -167,9 +170,12 @@ typedef struct fq_reader_options {
     unsigned threads;            /* at most this many threads work on one call, the calling one included */
 } fq_reader_options;
 
-/* `backing` may be NULL. The L1 table is read here. */
-fq_status fq_reader_open_qcow2(fq_source *source, fq_reader *backing, const fq_reader_options *options, const fq_request *request,
-                               fq_reader **out, fq_error *error);
+/*
+ * The L1 table is read here. May be NULL: `backing`; `data`, the source of the data clusters, if that is not the image's own file;
+ * and `sibling`, a reader of the same file with another L1 table (the disk, for a snapshot), whose cached clusters this one shares.
+ */
+fq_status fq_reader_open_qcow2(fq_source *source, fq_source *data, fq_reader *backing, fq_reader *sibling,
+                               const fq_reader_options *options, const fq_request *request, fq_reader **out, fq_error *error);
 /* A plain file; of options only size, threads and the cache bounds count. */
 fq_status fq_reader_open_raw(fq_source *source, const fq_reader_options *options, fq_reader **out, fq_error *error);
 void fq_reader_close(fq_reader *reader);

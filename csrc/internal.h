@@ -86,6 +86,7 @@ enum { FQ_TABLE_SLICE_BITS = 16, FQ_TABLE_SLICE_NBYTES = 1 << FQ_TABLE_SLICE_BIT
 
 struct fq_reader {
     fq_source *source;
+    fq_source *data; /* the data clusters' source: `source`, or an external data file */
     fq_reader *backing;
     bool raw;
     fq_geometry geometry;

@@ -66,7 +66,7 @@ static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes
     fq_mapping m;
     size_t at;
     unsigned sub;
-    bool filled;
+    bool filled, placed;
 
     *run = (fq_run){.layer = r, .kind = FQ_UNALLOCATED, .guest_off = guest_off, .nbytes = nbytes, .host_off = FQ_NOWHERE};
     if (l2_off == 0) {
@@ -100,6 +100,11 @@ static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes
         goto out;
     }
     run->kind = m.kind;
+    placed = m.kind == FQ_DATA || m.kind == FQ_ZERO_ALLOC || m.kind == FQ_UNALLOCATED_ALLOC;
+    if (g->external_data && placed && m.host_off != (guest_off & ~(cluster_size - 1))) {
+        status = fq_fail(error, FQ_ERR_OTHER_PLACE, guest_off, m.host_off, entries[at]);
+        goto out;
+    }
     if (m.kind == FQ_COMPRESSED) {
         run->host_off = m.host_off;
         run->entry = entries[at];
@@ -113,7 +118,7 @@ static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes
         uint64_t next_off = m.host_off + ((in_cluster >> unit_bits) + 1) * unit_size; /* where the next unit continues */
         fq_mapping next;
 
-        if (m.host_off)
+        if (placed)
             run->host_off = m.host_off + in_cluster;
         covered = unit_size - (guest_off & (unit_size - 1));
         while (covered < nbytes && --units > 0) {
@@ -122,7 +127,7 @@ static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes
                 sub = 0;
             }
             if (at * 8 >= fill.nbytes || fq_decode(g, entries[at], g->extended_l2 ? entries[at + 1] : 0, sub, &next) != FQ_OK ||
-                next.kind != m.kind || (m.host_off && next.host_off + sub * unit_size != next_off))
+                next.kind != m.kind || (placed && next.host_off + sub * unit_size != next_off))
                 break;
             next_off += unit_size;
             covered += unit_size;

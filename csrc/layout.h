@@ -11,6 +11,7 @@
 
 #define FQ_L1_OFFSET_MASK UINT64_C(0x00fffffffffffe00)
 #define FQ_L2_OFFSET_MASK UINT64_C(0x00fffffffffffe00)
+#define FQ_L2_COPIED (UINT64_C(1) << 63)
 #define FQ_L2_COMPRESSED (UINT64_C(1) << 62)
 #define FQ_L2_ZERO UINT64_C(1)
 #define FQ_SUBCLUSTERS 32u
@@ -60,29 +61,33 @@ static inline void fq_decode_compressed(const fq_geometry *g, uint64_t entry, fq
 /* `bitmap` and `sub` count for extended entries only. */
 static inline fq_status fq_decode(const fq_geometry *g, uint64_t entry, uint64_t bitmap, unsigned sub, fq_mapping *m)
 {
+    bool placed;
+
     if (entry & FQ_L2_COMPRESSED) {
         fq_decode_compressed(g, entry, m);
-        return FQ_OK;
+        return g->external_data ? FQ_ERR_COMPRESSED_OUTSIDE : FQ_OK;
     }
     m->in_nbytes = 0;
     m->host_off = entry & FQ_L2_OFFSET_MASK;
+    /* Offset 0 is the header's in an image's own file, but the first cluster's in an external one. */
+    placed = m->host_off || (g->external_data && entry & FQ_L2_COPIED);
     if (g->extended_l2) {
         const uint32_t allocated = (uint32_t)bitmap, zero = (uint32_t)(bitmap >> 32);
 
-        if (m->host_off ? allocated & zero : allocated)
-            return m->host_off ? FQ_ERR_SUBCLUSTER_BOTH : FQ_ERR_SUBCLUSTER_NOWHERE;
+        if (placed ? allocated & zero : allocated)
+            return placed ? FQ_ERR_SUBCLUSTER_BOTH : FQ_ERR_SUBCLUSTER_NOWHERE;
         if (zero >> sub & 1)
-            m->kind = m->host_off ? FQ_ZERO_ALLOC : FQ_ZERO;
+            m->kind = placed ? FQ_ZERO_ALLOC : FQ_ZERO;
         else if (allocated >> sub & 1)
             m->kind = FQ_DATA;
         else
-            m->kind = m->host_off ? FQ_UNALLOCATED_ALLOC : FQ_UNALLOCATED;
+            m->kind = placed ? FQ_UNALLOCATED_ALLOC : FQ_UNALLOCATED;
     } else if (entry & FQ_L2_ZERO) {
         if (g->version < 3)
             return FQ_ERR_ZERO_IN_V2;
         m->kind = m->host_off ? FQ_ZERO_ALLOC : FQ_ZERO;
     } else {
-        m->kind = m->host_off ? FQ_DATA : FQ_UNALLOCATED;
+        m->kind = placed ? FQ_DATA : FQ_UNALLOCATED;
     }
     return m->host_off & (fq_cluster_size(g) - 1) ? FQ_ERR_CLUSTER_UNALIGNED : FQ_OK;
 }

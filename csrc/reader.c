@@ -24,31 +24,33 @@ enum {
     ZEROES_NBYTES_MAX = 64 << 20,   /* to be written at a time */
 };
 
-static fq_reader *new_reader(fq_source *source, fq_reader *backing, const fq_reader_options *o)
+static fq_reader *new_reader(fq_source *source, fq_source *data, fq_reader *backing, fq_reader *sibling, const fq_reader_options *o)
 {
+    const fq_reader *shared = sibling ? sibling : backing;
     fq_reader *r = calloc(1, sizeof(*r));
 
     if (!r)
         return NULL;
     r->source = source;
+    r->data = data ? data : source;
     r->backing = backing;
     r->geometry = o->geometry;
     r->size = o->size;
     r->threads = o->threads ? o->threads : 1;
-    r->ordered = fq_source_ordered(source) || (backing && backing->ordered);
-    r->tables = backing ? fq_cache_ref(backing->tables) : fq_cache_new(o->table_cache_nbytes, FQ_TABLE_SLICE_NBYTES);
-    r->clusters = backing ? fq_cache_ref(backing->clusters) : fq_cache_new(o->cluster_cache_nbytes, o->largest_cluster);
+    r->ordered = fq_source_ordered(source) || fq_source_ordered(r->data) || (backing && backing->ordered);
+    r->tables = shared ? fq_cache_ref(shared->tables) : fq_cache_new(o->table_cache_nbytes, FQ_TABLE_SLICE_NBYTES);
+    r->clusters = shared ? fq_cache_ref(shared->clusters) : fq_cache_new(o->cluster_cache_nbytes, o->largest_cluster);
     if (!r->tables || !r->clusters) {
         fq_reader_close(r);
         return NULL;
     }
-    r->owner = fq_cache_new_owner(r->clusters);
+    r->owner = sibling ? sibling->owner : fq_cache_new_owner(r->clusters);
     return r;
 }
 
 fq_status fq_reader_open_raw(fq_source *source, const fq_reader_options *o, fq_reader **out, fq_error *error)
 {
-    fq_reader *r = new_reader(source, NULL, o);
+    fq_reader *r = new_reader(source, NULL, NULL, NULL, o);
 
     if (!r)
         return fq_fail(error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
@@ -57,8 +59,8 @@ fq_status fq_reader_open_raw(fq_source *source, const fq_reader_options *o, fq_r
     return FQ_OK;
 }
 
-fq_status fq_reader_open_qcow2(fq_source *source, fq_reader *backing, const fq_reader_options *o, const fq_request *request,
-                               fq_reader **out, fq_error *error)
+fq_status fq_reader_open_qcow2(fq_source *source, fq_source *data, fq_reader *backing, fq_reader *sibling,
+                               const fq_reader_options *o, const fq_request *request, fq_reader **out, fq_error *error)
 {
     const size_t l1_nbytes = (size_t)o->l1_entries * 8;
     fq_status status = FQ_OK;
@@ -69,7 +71,7 @@ fq_status fq_reader_open_qcow2(fq_source *source, fq_reader *backing, const fq_r
         (o->geometry.extended_l2 && o->geometry.cluster_bits < 14) || o->size > INT64_MAX ||
         (unsigned)o->geometry.codec >= FQ_CODEC_COUNT)
         return fq_fail(error, FQ_ERR_ARGUMENT, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
-    r = new_reader(source, backing, o);
+    r = new_reader(source, data, backing, sibling, o);
     if (!r || !(r->l1 = malloc(l1_nbytes ? l1_nbytes : 1))) {
         status = fq_fail(error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
         goto fail;

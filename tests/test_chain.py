@@ -247,7 +247,6 @@ def test_error_names_the_layer(folder: Path) -> None:
     ("image", "reason"),
     [
         (lambda: _with(32, b"\0\0\0\2"), "encrypted"),
-        (lambda: _with(72, b"\0\0\0\0\0\0\0\4"), "external data file"),
     ],
 )
 def test_not_yet(tmp_path: Path, image: Any, reason: str) -> None:

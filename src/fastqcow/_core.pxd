@@ -56,6 +56,7 @@ cdef extern from "fastqcow.h" nogil:
         uint32_t version
         uint32_t cluster_bits
         bint extended_l2
+        bint external_data
         fq_codec codec
 
     void fq_l2_parse(const fq_geometry *geometry, const uint8_t *table, size_t entries, uint8_t *kind, uint64_t *host_off,
@@ -91,8 +92,8 @@ cdef extern from "fastqcow.h" nogil:
         size_t table_cache_nbytes
         unsigned threads
 
-    fq_status fq_reader_open_qcow2(fq_source *source, fq_reader *backing, const fq_reader_options *options, const fq_request *request,
-                                   fq_reader **out, fq_error *error)
+    fq_status fq_reader_open_qcow2(fq_source *source, fq_source *data, fq_reader *backing, fq_reader *sibling,
+                                   const fq_reader_options *options, const fq_request *request, fq_reader **out, fq_error *error)
     fq_status fq_reader_open_raw(fq_source *source, const fq_reader_options *options, fq_reader **out, fq_error *error)
     void fq_reader_close(fq_reader *reader)
     fq_status fq_reader_preadv(fq_reader *reader, const fq_iovec *iov, size_t niov, uint64_t guest_off, const fq_request *request,

@@ -38,6 +38,7 @@ def parse(table, int cluster_bits, bint extended, int version):
     geometry.version = version
     geometry.cluster_bits = cluster_bits
     geometry.extended_l2 = extended
+    geometry.external_data = False
     geometry.codec = _core.FQ_CODEC_DEFLATE
     PyObject_GetBuffer(table, &view, PyBUF_SIMPLE)
     try:

@@ -34,6 +34,8 @@ class Reader:
     @property
     def source(self) -> Source: ...
     @property
+    def data(self) -> Source: ...
+    @property
     def backing(self) -> Reader | None: ...
     @property
     def size(self) -> int: ...
@@ -44,7 +46,9 @@ class Reader:
     @staticmethod
     def qcow2(
         source: Source,
+        data: Source | None,
         backing: Reader | None,
+        sibling: Reader | None,
         *,
         version: int,
         cluster_bits: int,

@@ -225,6 +225,7 @@ cdef class Reader:
 
     cdef fq_reader *c
     cdef readonly Source source
+    cdef readonly Source data
     cdef readonly Reader backing
     cdef readonly uint64_t size
     cdef list paths
@@ -237,20 +238,21 @@ cdef class Reader:
         _core.fq_reader_close(self.c)
 
     @staticmethod
-    cdef Reader create(Source source, Reader backing, uint64_t size):
+    cdef Reader create(Source source, Source data, Reader backing, uint64_t size):
         cdef Reader self = Reader.__new__(Reader)
         self.source = source
+        self.data = data
         self.backing = backing
         self.size = size
         self.paths = [source.path] + (backing.paths if backing is not None else [])
-        self.calls_python = source.file is not None or (backing is not None and backing.calls_python)
+        self.calls_python = source.file is not None or data.file is not None or (backing is not None and backing.calls_python)
         return self
 
     @staticmethod
     def raw(
         Source source, *, unsigned threads, size_t largest_cluster, size_t cluster_cache_nbytes, size_t table_cache_nbytes
     ):
-        cdef Reader self = Reader.create(source, None, source.size)
+        cdef Reader self = Reader.create(source, source, None, source.size)
         cdef fq_reader_options options
         cdef fq_error error
 
@@ -266,7 +268,9 @@ cdef class Reader:
     @staticmethod
     def qcow2(
         Source source,
+        Source data,
         Reader backing,
+        Reader sibling,
         *,
         uint32_t version,
         uint32_t cluster_bits,
@@ -280,9 +284,12 @@ cdef class Reader:
         size_t cluster_cache_nbytes,
         size_t table_cache_nbytes,
     ):
-        cdef Reader self = Reader.create(source, backing, size)
+        """`data`: where the data clusters are, if not in the image's own file; `sibling`: a reader of the same file, to share caches."""
+        cdef Reader self = Reader.create(source, data or source, backing, size)
         cdef Request request = Request()
         cdef fq_reader *below = backing.c if backing is not None else NULL
+        cdef fq_reader *beside = sibling.c if sibling is not None else NULL
+        cdef fq_source *outside = data.c if data is not None else NULL
         cdef fq_reader_options options
         cdef fq_error error
         cdef fq_status status
@@ -291,6 +298,7 @@ cdef class Reader:
         options.geometry.version = version
         options.geometry.cluster_bits = cluster_bits
         options.geometry.extended_l2 = extended_l2
+        options.geometry.external_data = data is not None
         options.geometry.codec = <_core.fq_codec>codec
         options.size = size
         options.l1_off = l1_off
@@ -300,7 +308,7 @@ cdef class Reader:
         options.cluster_cache_nbytes = cluster_cache_nbytes
         options.table_cache_nbytes = table_cache_nbytes
         with nogil:
-            status = _core.fq_reader_open_qcow2(source.c, below, &options, &request.c, &self.c, &error)
+            status = _core.fq_reader_open_qcow2(source.c, outside, below, beside, &options, &request.c, &self.c, &error)
         check(status, &error, request, self.paths)
         return self
 

@@ -21,13 +21,14 @@ from fastqcow.source import open_path, open_source
 if TYPE_CHECKING:
     from fastqcow._types import BinaryFile, Path
 
-__all__ = ["Layer", "Options", "open_chain"]
+__all__ = ["Layer", "Options", "named_path", "open_chain", "open_view"]
 
 DEPTH_MAX = 200
 L1_NBYTES_MAX = 256 << 20  # of all layers together; each may have 32 MiB
 TABLE_CACHE_NBYTES = 8 << 20
 if TYPE_CHECKING:
-    BackingRule: TypeAlias = Literal[False] | Path | BinaryFile | None
+    FileRule: TypeAlias = Path | BinaryFile | None
+    BackingRule: TypeAlias = Literal[False] | FileRule
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -37,6 +38,7 @@ class Options:
     """How to open an image; see `fastqcow.open`."""
 
     backing: BackingRule
+    data_file: FileRule
     threads: int
     cache_size: int
     engine: Literal["libdeflate", "libz"]
@@ -49,10 +51,11 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One file of a chain; header is None for a raw file."""
+    """One file of a chain, with its external data file if it has one; header is None for a raw file."""
 
     reader: Reader
     header: Header | None
+    data: Source | None
     backing: Layer | None
 
 
@@ -64,11 +67,11 @@ def open_chain(source: Path | BinaryFile, options: Options) -> Layer:
         PolicyError: a layer names a file that the rule does not allow.
         OSError: a layer's file cannot be opened or read.
     """
-    files: list[tuple[Source, Header | None]] = []
+    files: list[tuple[Source, Header | None, Source | None]] = []
     seen: set[object] = set()
     opened: Source | None = open_source(source)
     fmt: str | None = "qcow2"
-    rule = options.backing
+    rule, data_rule = options.backing, options.data_file
     while opened is not None:
         identity = opened.identity()
         if identity in seen:
@@ -77,23 +80,27 @@ def open_chain(source: Path | BinaryFile, options: Options) -> Layer:
             raise FormatError(f"the backing chain is deeper than {DEPTH_MAX} files", path=opened.path)
         seen.add(identity)
         head = _read_header(opened, fmt)
-        files.append((opened, head))
+        files.append((opened, head, _open_data(opened, head, data_rule)))
         opened, rule = _open_backing(opened, head, rule)
+        data_rule = "follow" if data_rule == "follow" else None
         fmt = head.backing_format if head else None
-    headers = [head for _, head in files if head]
+    headers = [head for _, head, _ in files if head]
     if sum(head.l1_entries * 8 for head in headers) > L1_NBYTES_MAX:
         raise FormatError(f"the L1 tables of the backing chain are larger than {L1_NBYTES_MAX >> 20} MiB", path=files[0][0].path)
-    sizes = {
-        "threads": options.threads,
-        "largest_cluster": max(head.cluster_size for head in headers),
-        "cluster_cache_nbytes": options.cache_size,
-        "table_cache_nbytes": TABLE_CACHE_NBYTES,
-    }
+    largest = max(head.cluster_size for head in headers)
     layer = None
-    for opened, head in reversed(files):
-        layer = _open_layer(opened, head, layer, options, sizes)
+    for opened, head, data in reversed(files):
+        layer = _open_layer(opened, head, data, layer, options, largest)
     assert layer is not None
     return layer
+
+
+def open_view(image: Layer, options: Options, *, size: int, l1_off: int, l1_entries: int, with_backing: bool) -> Layer:
+    """The same file with another L1 table and size, as of a snapshot; it shares the caches. Bounds are the caller's to check."""
+    head, below = image.header, image.backing if with_backing else None
+    assert head is not None
+    reader = _open_reader(image.reader.source, head, image.data, below, image.reader, options, 0, size, l1_off, l1_entries)
+    return Layer(reader, head, image.data, below)
 
 
 def _read_header(source: Source, fmt: str | None) -> Header | None:
@@ -110,27 +117,65 @@ def _read_header(source: Source, fmt: str | None) -> Header | None:
     head = Header.read(source.pread, source.path)
     if head.encrypted:
         raise UnsupportedError("encrypted images are not supported yet", path=source.path)
-    if head.has_data_file:
-        raise UnsupportedError("images with an external data file are not supported yet", path=source.path)
     return head
 
 
-def _open_layer(source: Source, head: Header | None, below: Layer | None, options: Options, sizes: dict[str, int]) -> Layer:
+def _open_layer(
+    source: Source, head: Header | None, data: Source | None, below: Layer | None, options: Options, largest_cluster: int
+) -> Layer:
     if head is None:
-        return Layer(Reader.raw(source, **sizes), None, None)
-    reader = Reader.qcow2(
+        raw = Reader.raw(
+            source,
+            threads=options.threads,
+            largest_cluster=largest_cluster,
+            cluster_cache_nbytes=options.cache_size,
+            table_cache_nbytes=TABLE_CACHE_NBYTES,
+        )
+        return Layer(raw, None, None, None)
+    reader = _open_reader(source, head, data, below, None, options, largest_cluster, head.disk_size, head.l1_off, head.l1_entries)
+    return Layer(reader, head, data, below)
+
+
+def _open_reader(
+    source: Source,
+    head: Header,
+    data: Source | None,
+    below: Layer | None,
+    sibling: Reader | None,
+    options: Options,
+    largest_cluster: int,
+    size: int,
+    l1_off: int,
+    l1_entries: int,
+) -> Reader:
+    return Reader.qcow2(
         source,
+        data,
         below.reader if below else None,
+        sibling,
         version=head.version,
         cluster_bits=head.cluster_bits,
         extended_l2=head.extended_l2,
         codec=options.codec(head.compression_type),
-        size=head.disk_size,
-        l1_off=head.l1_off,
-        l1_entries=head.l1_entries,
-        **sizes,
+        size=size,
+        l1_off=l1_off,
+        l1_entries=l1_entries,
+        threads=options.threads,
+        largest_cluster=largest_cluster,
+        cluster_cache_nbytes=options.cache_size,
+        table_cache_nbytes=TABLE_CACHE_NBYTES,
     )
-    return Layer(reader, head, below)
+
+
+def _open_data(source: Source, head: Header | None, rule: FileRule) -> Source | None:
+    """The external data file of a layer that has one."""
+    if head is None or not head.has_data_file:
+        return None
+    if rule is not None and rule != "follow":
+        return open_source(rule)
+    if head.data_file_name is None:
+        raise FormatError("the image has an external data file and does not name it; give it with data_file=", path=source.path)
+    return _open_named(source, head.data_file_name, "data file", "data_file", follow=rule == "follow")
 
 
 def _open_backing(source: Source, head: Header | None, rule: BackingRule) -> tuple[Source | None, BackingRule]:
@@ -138,14 +183,28 @@ def _open_backing(source: Source, head: Header | None, rule: BackingRule) -> tup
     if head is None or head.backing_name is None or rule is False:
         return None, rule
     if rule is None or rule == "follow":
-        path = backing_path(source, head.backing_name)
-        return open_path(path, _inside(source, path) if rule is None else path), rule
+        return _open_named(source, head.backing_name, "backing file", "backing", follow=rule == "follow"), rule
     # The caller's file stands for this image's backing file; what that one names is under the safe rule again.
     return open_source(rule), None
 
 
-def backing_path(image: Source, name: str) -> str:
-    """The path that an image's backing file name stands for: relative names count from the image's directory.
+def _open_named(image: Source, name: str, what: str, option: str, *, follow: bool) -> Source:
+    """Open a file that an image names: wherever it is, or only if it lies, links followed, in the image's directory or below."""
+    path = named_path(image, name, what, option)
+    if follow:
+        return open_path(path, path)
+    directory, real = os.path.dirname(os.path.realpath(image.path)), os.path.realpath(path)
+    if not image.has_path or os.path.commonpath((directory, real)) != directory:
+        raise PolicyError(
+            f"the {what} {path!r} lies outside of the image's directory, and is not opened; "
+            f"allow it with {option}='follow', or give the file with {option}=",
+            path=image.path,
+        )
+    return open_path(path, real)
+
+
+def named_path(image: Source, name: str, what: str, option: str) -> str:
+    """The path that a name in an image stands for: relative names count from the image's directory.
 
     Raises:
         PolicyError: the name is not a path, or is relative to a directory that is not known.
@@ -154,24 +213,12 @@ def backing_path(image: Source, name: str) -> str:
         name = name.removeprefix("file:")
     elif _PROTOCOL.match(name):
         raise PolicyError(
-            f"the backing file {name!r} is not a plain path, and is not opened; give the file with backing=", path=image.path
+            f"the {what} {name!r} is not a plain path, and is not opened; give the file with {option}=", path=image.path
         )
     if not image.has_path and not os.path.isabs(name):
         raise PolicyError(
-            f"the backing file {name!r} lies beside the image, which was opened from a file object without a path; "
-            "give the file with backing=",
+            f"the {what} {name!r} lies beside the image, which was opened from a file object without a path; "
+            f"give the file with {option}=",
             path=image.path,
         )
     return os.path.join(os.path.dirname(image.path), name) if image.has_path else name
-
-
-def _inside(image: Source, path: str) -> str:
-    """The path without links, if it lies in the image's directory or below: that is what is checked, and what is opened."""
-    directory, real = os.path.dirname(os.path.realpath(image.path)), os.path.realpath(path)
-    if not image.has_path or os.path.commonpath((directory, real)) != directory:
-        raise PolicyError(
-            f"the backing file {path!r} lies outside of the image's directory, and is not opened; "
-            "allow it with backing='follow', or give the file with backing=",
-            path=image.path,
-        )
-    return real

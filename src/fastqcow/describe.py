@@ -6,9 +6,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from fastqcow import header as h
-from fastqcow.chain import backing_path
+from fastqcow.chain import named_path
 from fastqcow.errors import PolicyError
 from fastqcow.header import Header
+from fastqcow.snapshots import SnapshotEntry, read_table
 from fastqcow.source import open_source
 
 if TYPE_CHECKING:
@@ -25,10 +26,11 @@ def info(source: Path | BinaryFile) -> dict[str, Any]:
         FormatError, UnsupportedError, OSError: as `fastqcow.open`.
     """
     opened = open_source(source)
-    return layer_info(opened, Header.read(opened.pread, opened.path))
+    header = Header.read(opened.pread, opened.path)
+    return layer_info(opened, header, read_table(opened.pread, header, opened.path))
 
 
-def layer_info(source: Source, header: Header) -> dict[str, Any]:
+def layer_info(source: Source, header: Header, snapshots: tuple[SnapshotEntry, ...]) -> dict[str, Any]:
     """The fields of qemu-img's ImageInfo (qapi/block-core.json)."""
     result: dict[str, Any] = {
         "virtual-size": header.disk_size,
@@ -41,12 +43,29 @@ def layer_info(source: Source, header: Header) -> dict[str, Any]:
     }
     if header.encrypted:
         result["encrypted"] = True
+    if snapshots:
+        result["snapshots"] = [_snapshot_info(entry) for entry in snapshots]
     if header.backing_name is not None:
         result["backing-filename"] = header.backing_name
         result["full-backing-filename"] = _full_backing_name(source, header.backing_name)
         if header.backing_format is not None:
             result["backing-filename-format"] = header.backing_format
     return result
+
+
+def _snapshot_info(entry: SnapshotEntry) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "id": entry.id,
+        "name": entry.name,
+        "vm-state-size": entry.vm_state_size,
+        "date-sec": entry.date_sec,
+        "date-nsec": entry.date_nsec,
+        "vm-clock-sec": entry.vm_clock_nsec // 1_000_000_000,
+        "vm-clock-nsec": entry.vm_clock_nsec % 1_000_000_000,
+    }
+    if entry.icount is not None:
+        found["icount"] = entry.icount
+    return found
 
 
 def _actual_size(source: Source) -> int:
@@ -56,7 +75,7 @@ def _actual_size(source: Source) -> int:
 
 def _full_backing_name(image: Source, name: str) -> str:
     try:
-        return backing_path(image, name)
+        return named_path(image, name, "backing file", "backing")
     except PolicyError:
         return name
 

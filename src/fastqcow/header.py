@@ -118,6 +118,11 @@ class Header:
         return self.size & ~511
 
     @property
+    def l1_covers_bits(self) -> int:
+        """log2 of the bytes of disk that an L1 entry stands for: an L2 table's entries times a cluster."""
+        return 2 * self.cluster_bits - (4 if self.extended_l2 else 3)
+
+    @property
     def extended_l2(self) -> bool:
         return bool(self.incompatible & EXTENDED_L2)
 

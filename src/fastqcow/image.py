@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from fastqcow import _reader
-from fastqcow.chain import Layer, Options, open_chain
+from fastqcow.chain import Layer, Options, open_chain, open_view
 from fastqcow.describe import layer_info
-from fastqcow.locks import ForkSafeLock
+from fastqcow.diskfile import DiskFile
+from fastqcow.snapshots import SnapshotEntry, check, find, read_table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
-    from fastqcow._types import BinaryFile, Path, Readable, Writable
+    from fastqcow._types import BinaryFile, Path
     from fastqcow.header import Header
 
-__all__ = ["Extent", "Image", "open"]
+__all__ = ["Extent", "Image", "Snapshot", "VmState", "open"]
 
 CACHE_SIZE = 32 << 20
 _EXTENTS_AT_ONCE = 1024
@@ -48,122 +48,29 @@ class Extent(NamedTuple):
     offset: int | None
 
 
-class Image(io.RawIOBase):
+class Image(DiskFile):
     """A virtual disk, open for reading. Made by `fastqcow.open`.
 
     `pread` and `preadv` may be called from many threads at once and never move the file position. `read`, `readinto`, `seek` and
     `tell` share one position, as those of any file. Closing the image lets reads that are under way in other threads finish.
     """
 
-    def __init__(self, chain: Layer) -> None:
-        super().__init__()
+    def __init__(self, chain: Layer, options: Options) -> None:
         assert chain.header is not None
-        self._chain: Layer | None = chain
+        source = chain.reader.source
+        self._snapshots = read_table(source.pread, chain.header, source.path)
         self._header: Header = chain.header
-        self._reader: _reader.Reader | None = chain.reader
-        self._position = 0
-        self._position_lock = ForkSafeLock()
-
-    @property
-    def name(self) -> str:
-        """The path that the image was opened by, or what stands for it."""
-        return self._open_reader().source.path
-
-    @property
-    def mode(self) -> str:
-        return "rb"
-
-    @property
-    def size(self) -> int:
-        """Bytes of the virtual disk."""
-        return self._header.disk_size
+        self._chain: Layer | None = chain
+        self._options = options
+        super().__init__(chain.reader)
 
     @property
     def header(self) -> Header:
         return self._header
 
-    def __repr__(self) -> str:
-        return f"<fastqcow.Image {self.name!r} size={self.size}>" if not self.closed else "<fastqcow.Image closed>"
-
-    def _open_reader(self) -> _reader.Reader:
-        reader = self._reader
-        if reader is None:
-            raise ValueError("I/O operation on closed image")
-        return reader
-
     def close(self) -> None:
-        # Readers and sources are freed, and descriptors closed, with the last reference: this one, or a running read's.
-        self._reader = self._chain = None
+        self._chain = None
         super().close()
-
-    # By position
-
-    def pread(self, nbytes: int, guest_off: int) -> bytes:
-        """Read `nbytes` bytes at guest offset `guest_off`, as `os.pread`; short only at the end of the disk.
-
-        Raises:
-            FormatError: the image is damaged at this place.
-            OSError: the file cannot be read.
-            ValueError: a negative number, or a closed image.
-        """
-        return self._open_reader().pread(nbytes, guest_off)
-
-    def preadv(self, buffers: Sequence[Writable], guest_off: int) -> int:
-        """Fill writable buffers in turn from guest offset `guest_off`, as `os.preadv`; returns the bytes read.
-
-        Less than the buffers hold is read only at the end of the disk. Errors as of `pread`; the buffers' contents are then
-        undefined.
-        """
-        return self._open_reader().preadv(buffers, guest_off)
-
-    # As a file
-
-    def readable(self) -> bool:
-        self._open_reader()
-        return True
-
-    def seekable(self) -> bool:
-        self._open_reader()
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self._open_reader()
-        with self._position_lock.lock:
-            base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}.get(whence)
-            if base is None:
-                raise ValueError(f"whence is {whence}; it can be 0, 1 or 2")
-            if base + offset < 0:
-                raise ValueError(f"the position would be {base + offset}; it cannot be negative")
-            self._position = base + offset
-            return self._position
-
-    def tell(self) -> int:
-        self._open_reader()
-        return self._position
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Read `size` bytes from the position on, all that are left if it is negative or None."""
-        reader = self._open_reader()
-        with self._position_lock.lock:
-            left = max(self.size - self._position, 0)
-            data = reader.pread(left if size is None or size < 0 else min(size, left), self._position)
-            self._position += len(data)
-        return data
-
-    def readall(self) -> bytes:
-        return self.read()
-
-    def readinto(self, buffer: Writable, /) -> int:
-        reader = self._open_reader()
-        with self._position_lock.lock:
-            count = reader.preadv((buffer,), self._position)
-            self._position += count
-        return count
-
-    def write(self, buffer: Readable, /) -> NoReturn:
-        raise io.UnsupportedOperation("images are read-only")
-
-    # About the image
 
     def map(self, guest_off: int = 0, nbytes: int | None = None) -> Iterator[Extent]:
         """The extents of the disk in order, neighbours that continue each other merged; as `qemu-img map` lists them.
@@ -180,7 +87,28 @@ class Image(io.RawIOBase):
 
     def info(self) -> dict[str, Any]:
         """What `qemu-img info --output=json` says, field for field."""
-        return layer_info(self._open_reader().source, self._header)
+        return layer_info(self._open_reader().source, self._header, self._snapshots)
+
+    @property
+    def snapshots(self) -> tuple[SnapshotEntry, ...]:
+        """The image's internal snapshots, in the order of their table."""
+        return self._snapshots
+
+    def snapshot(self, name_or_id: str) -> Snapshot:
+        """The disk as it was when an internal snapshot was taken, by the snapshot's id or, if none has that, its name.
+
+        It has the size that the disk had, shares this image's caches, and stays open when this image is closed.
+
+        Raises:
+            KeyError: there is no such snapshot.
+            FormatError: its tables are damaged.
+        """
+        self._open_reader()
+        entry = find(self._snapshots, name_or_id)
+        if entry is None:
+            raise KeyError(f"{self.name}: no snapshot has the id or name {name_or_id!r}")
+        assert self._chain is not None
+        return Snapshot(self._chain, self._options, entry)
 
     def stats(self) -> _reader.Stats:
         """Counts since the image was opened, over all layers.
@@ -189,6 +117,46 @@ class Image(io.RawIOBase):
         bytes_returned (to callers).
         """
         return self._open_reader().stats()
+
+
+class Snapshot(Image):
+    """The disk of a moment, open for reading. Made by `Image.snapshot`."""
+
+    def __init__(self, image: Layer, options: Options, entry: SnapshotEntry) -> None:
+        assert image.header is not None
+        check(entry, image.header, image.reader.source.path)
+        self._image: Layer | None = image
+        self._entry = entry
+        table = {"l1_off": entry.l1_off, "l1_entries": entry.l1_entries}
+        super().__init__(open_view(image, options, size=entry.disk_size & ~511, with_backing=True, **table), options)
+
+    @property
+    def entry(self) -> SnapshotEntry:
+        """What the snapshot table says of it."""
+        return self._entry
+
+    @property
+    def vm_state(self) -> VmState:
+        """The saved state of the machine, as a file of `entry.vm_state_size` bytes."""
+        self._open_reader()
+        assert self._image is not None
+        return VmState(self._image, self._options, self._entry)
+
+    def close(self) -> None:
+        self._image = None
+        super().close()
+
+
+class VmState(DiskFile):
+    """The machine state of a snapshot: it is stored behind the end of the disk, from the next L2 table on."""
+
+    def __init__(self, image: Layer, options: Options, entry: SnapshotEntry) -> None:
+        assert image.header is not None
+        covers = image.header.l1_covers_bits
+        start = -(-entry.disk_size >> covers) << covers
+        size = start + entry.vm_state_size
+        table = {"l1_off": entry.l1_off, "l1_entries": entry.l1_entries}
+        super().__init__(open_view(image, options, size=size, with_backing=False, **table).reader, start)
 
 
 def _extents(reader: _reader.Reader, at: int, end: int) -> Iterator[Extent]:
@@ -210,6 +178,7 @@ def available_cpus() -> int:
 
 def make_options(
     backing: Literal[False] | Path | BinaryFile | None = None,
+    data_file: Path | BinaryFile | None = None,
     threads: int | None = None,
     cache_size: int | None = None,
     engine: str | None = None,
@@ -224,6 +193,7 @@ def make_options(
         raise ValueError(f"engine is {engine!r}; it can be 'libdeflate' or 'libz'")
     return Options(
         backing=backing,
+        data_file=data_file,
         threads=min(threads or available_cpus(), 256),
         cache_size=CACHE_SIZE if cache_size is None else cache_size,
         engine="libz" if engine == "libz" else "libdeflate",
@@ -234,6 +204,7 @@ def open(  # noqa: A001 - called as fastqcow.open
     source: Path | BinaryFile,
     *,
     backing: Literal[False] | Path | BinaryFile | None = None,
+    data_file: Path | BinaryFile | None = None,
     threads: int | None = None,
     cache_size: int | None = None,
     engine: Literal["libdeflate", "libz"] | None = None,
@@ -245,6 +216,7 @@ def open(  # noqa: A001 - called as fastqcow.open
         backing: what to do about a backing file that the image names. None: open it if it lies in the image's own directory or
             below. "follow": open it wherever it is. False: do without, unallocated clusters read as zeroes. A path or an open file:
             that one instead (a path named "follow" is written "./follow").
+        data_file: the same for an external data file. A file counts for the image itself, "follow" for its backing files too.
         threads: at most so many threads work on one read, the calling one included; by default one for each CPU that the process
             may use.
         cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default.
@@ -257,4 +229,5 @@ def open(  # noqa: A001 - called as fastqcow.open
         PolicyError: the image names a backing file that `backing` does not allow.
         OSError: a file cannot be opened or read.
     """
-    return Image(open_chain(source, make_options(backing, threads, cache_size, engine)))
+    options = make_options(backing, data_file, threads, cache_size, engine)
+    return Image(open_chain(source, options), options)

@@ -157,7 +157,7 @@ static fq_reader *open_image(const image *m, fq_source *source, fq_reader *backi
     fq_reader *reader;
     fq_error error;
 
-    CHECK(fq_reader_open_qcow2(source, backing, &options, NULL, &reader, &error) == FQ_OK);
+    CHECK(fq_reader_open_qcow2(source, NULL, backing, NULL, &options, NULL, &reader, &error) == FQ_OK);
     return reader;
 }
 
@@ -514,18 +514,19 @@ static void test_open_refuses(void)
     image m = make_image(FQ_CODEC_DEFLATE);
     memory at = {.m = &m};
     fq_source *source = fq_source_callback(read_memory, &at, m.nbytes);
-    const fq_geometry bad[] = {{3, 8, false, 0}, {3, 22, false, 0}, {3, 13, true, 0}, {3, 16, false, (fq_codec)7}};
+    const fq_geometry bad[] = {
+        {3, 8, false, false, 0}, {3, 22, false, false, 0}, {3, 13, true, false, 0}, {3, 16, false, false, (fq_codec)7}};
     fq_reader_options options = {.size = 1, .l1_entries = 1, .table_cache_nbytes = 1 << 20};
     fq_reader *reader;
     fq_error error;
 
     for (size_t i = 0; i < sizeof(bad) / sizeof(bad[0]); i++) {
         options.geometry = bad[i];
-        CHECK(fq_reader_open_qcow2(source, NULL, &options, NULL, &reader, &error) == FQ_ERR_ARGUMENT);
+        CHECK(fq_reader_open_qcow2(source, NULL, NULL, NULL, &options, NULL, &reader, &error) == FQ_ERR_ARGUMENT);
     }
-    options.geometry = (fq_geometry){3, 16, false, FQ_CODEC_DEFLATE};
+    options.geometry = (fq_geometry){3, 16, false, false, FQ_CODEC_DEFLATE};
     options.l1_off = m.nbytes - 4;
-    CHECK(fq_reader_open_qcow2(source, NULL, &options, NULL, &reader, &error) == FQ_ERR_L1_EOF);
+    CHECK(fq_reader_open_qcow2(source, NULL, NULL, NULL, &options, NULL, &reader, &error) == FQ_ERR_L1_EOF);
     CHECK(error.host_off == options.l1_off && error.value == m.nbytes);
     fq_source_free(source);
     free_image(&m);

@@ -27,6 +27,7 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
         help="the backing file to use in place of the one that the image names; 'follow' to open that one wherever it lies, "
         "'none' to do without. By default it is opened if it lies in the image's directory or below",
     )
+    parser.add_argument("--data-file", metavar="PATH", help="the same for an external data file")
 
 
 def backing_of(arguments: argparse.Namespace) -> str | Literal[False] | None:

@@ -29,13 +29,14 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    chain = open_chain(arguments.image, make_options(backing_of(arguments)))
-    with Image(chain) as image:
+    options = make_options(backing_of(arguments), arguments.data_file)
+    chain = open_chain(arguments.image, options)
+    with Image(chain, options) as image:
         extents = image.map(arguments.start_offset, arguments.max_length)
         if arguments.output == "json":
             print_json(extents)
         else:
-            print_human(extents, [layer.reader.source.path for layer in layers(chain)])
+            print_human(extents, [layer.reader.data.path for layer in layers(chain)])
     return 0
 
 

@@ -1,0 +1,130 @@
+"""What a reader looks like from Python: a file of bytes, read by position or in order."""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import TYPE_CHECKING, NoReturn
+
+from fastqcow.locks import ForkSafeLock
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from fastqcow._reader import Reader
+    from fastqcow._types import Readable, Writable
+
+__all__ = ["DiskFile"]
+
+
+class DiskFile(io.RawIOBase):
+    """Guest bytes as an open, seekable, read-only binary file.
+
+    `pread` and `preadv` may be called from many threads at once and never move the file position. `read`, `readinto`, `seek` and
+    `tell` share one position, as those of any file. Closing the file lets reads that are under way in other threads finish.
+    """
+
+    def __init__(self, reader: Reader, start: int = 0) -> None:
+        """The reader's bytes from `start` on."""
+        super().__init__()
+        self._reader: Reader | None = reader
+        self._start = start
+        self._size = reader.size - start
+        self._position = 0
+        self._position_lock = ForkSafeLock()
+
+    @property
+    def name(self) -> str:
+        """The path that the image was opened by, or what stands for it."""
+        return self._open_reader().source.path
+
+    @property
+    def mode(self) -> str:
+        return "rb"
+
+    @property
+    def size(self) -> int:
+        """Bytes of the virtual disk."""
+        return self._size
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else f"{self.name!r} size={self.size}"
+        return f"<fastqcow.{type(self).__name__} {state}>"
+
+    def _open_reader(self) -> Reader:
+        reader = self._reader
+        if reader is None:
+            raise ValueError("I/O operation on closed image")
+        return reader
+
+    def close(self) -> None:
+        # Readers and sources are freed, and descriptors closed, with the last reference: this one, or a running read's.
+        self._reader = None
+        super().close()
+
+    # By position
+
+    def pread(self, nbytes: int, guest_off: int) -> bytes:
+        """Read `nbytes` bytes at guest offset `guest_off`, as `os.pread`; short only at the end of the disk.
+
+        Raises:
+            FormatError: the image is damaged at this place.
+            OSError: the file cannot be read.
+            ValueError: a negative number, or a closed image.
+        """
+        return self._open_reader().pread(nbytes, guest_off + self._start if guest_off >= 0 else guest_off)
+
+    def preadv(self, buffers: Sequence[Writable], guest_off: int) -> int:
+        """Fill writable buffers in turn from guest offset `guest_off`, as `os.preadv`; returns the bytes read.
+
+        Less than the buffers hold is read only at the end of the disk. Errors as of `pread`; the buffers' contents are then
+        undefined.
+        """
+        return self._open_reader().preadv(buffers, guest_off + self._start if guest_off >= 0 else guest_off)
+
+    # As a file
+
+    def readable(self) -> bool:
+        self._open_reader()
+        return True
+
+    def seekable(self) -> bool:
+        self._open_reader()
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._open_reader()
+        with self._position_lock.lock:
+            base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}.get(whence)
+            if base is None:
+                raise ValueError(f"whence is {whence}; it can be 0, 1 or 2")
+            if base + offset < 0:
+                raise ValueError(f"the position would be {base + offset}; it cannot be negative")
+            self._position = base + offset
+            return self._position
+
+    def tell(self) -> int:
+        self._open_reader()
+        return self._position
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """Read `size` bytes from the position on, all that are left if it is negative or None."""
+        self._open_reader()
+        with self._position_lock.lock:
+            left = max(self.size - self._position, 0)
+            data = self.pread(left if size is None or size < 0 else min(size, left), self._position)
+            self._position += len(data)
+        return data
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Writable, /) -> int:
+        self._open_reader()
+        with self._position_lock.lock:
+            count = self.preadv((buffer,), self._position)
+            self._position += count
+        return count
+
+    def write(self, buffer: Readable, /) -> NoReturn:
+        raise io.UnsupportedOperation("images are read-only")
