@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
+from conftest import Qemu
 from fastqcow.cli import main
 from fastqcow.cli.common import size_argument, size_text
 from images import PAYLOAD, build, data_entry, noise
@@ -70,6 +71,26 @@ def test_backing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert str(base) in capsys.readouterr().out.replace("/inner/..", "")
 
 
+def test_snapshots(qemu: Qemu, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu.img("create", "-q", "-f", "qcow2", path, "1M")
+    assert main(["snapshot", "-l", str(path)]) == 0
+    assert capsys.readouterr().out == ""
+    qemu.io(path, "write -P 1 0 1M")
+    qemu.img("snapshot", "-c", "before", path)
+    qemu.io(path, "write -P 2 0 1M")
+    assert main(["snapshot", "-l", str(path)]) == 0
+    assert capsys.readouterr().out == qemu.img("snapshot", "-l", path).stdout
+    assert main(["snapshot", "--output=json", str(path)]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "before"
+    for name in ("before", "1"):
+        assert main(["convert", "-l", name, str(path), str(tmp_path / "out")]) == 0
+        assert (tmp_path / "out").read_bytes() == b"\1" * (1 << 20)
+    assert main(["convert", "-l", "none", str(path), str(tmp_path / "other")]) == 1
+    assert capsys.readouterr().err == f"fastqcow: {path}: no snapshot has the id or name 'none'\n"
+    assert not (tmp_path / "other").exists()
+
+
 def test_map_for_people(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["map", str(path)]) == 0
     head, line = capsys.readouterr().out.splitlines()
@@ -114,7 +135,7 @@ def test_bad_arguments_end_in_one_line_and_exit_code_1(arguments: list[str]) -> 
     assert "--help" in done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["map"], ["convert"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["map"], ["convert"], ["snapshot"]])
 def test_help_has_an_example(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.returncode == 0

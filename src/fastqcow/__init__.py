@@ -10,7 +10,8 @@ from fastqcow.conversion import Conversion, convert
 from fastqcow.describe import info
 from fastqcow.errors import Error, FormatError, PasswordError, PolicyError, UnsupportedError
 from fastqcow.header import Header
-from fastqcow.image import Extent, Image, open  # noqa: A004 - that is its name: fastqcow.open
+from fastqcow.image import Extent, Image, Snapshot, open  # noqa: A004 - that is its name: fastqcow.open
+from fastqcow.snapshots import SnapshotEntry
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,8 @@ __all__ = [
     "L2Table",
     "PasswordError",
     "PolicyError",
+    "Snapshot",
+    "SnapshotEntry",
     "UnsupportedError",
     "build_info",
     "convert",

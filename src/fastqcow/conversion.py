@@ -99,8 +99,9 @@ def _refuse_source(reader: Reader, target: str) -> None:
     st = os.stat(target)
     layer: Reader | None = reader
     while layer is not None:
-        if layer.source.identity() == (st.st_dev, st.st_ino):
-            raise ValueError(f"{layer.source.path}: the image is read from this file, so it cannot be the target")
+        for source in (layer.source, layer.data):
+            if source.identity() == (st.st_dev, st.st_ino):
+                raise ValueError(f"{source.path}: the image is read from this file, so it cannot be the target")
         layer = layer.backing
 
 

@@ -88,10 +88,10 @@ def _format_specific(header: Header) -> dict[str, Any]:
     if header.version == 3:
         data["lazy-refcounts"] = bool(header.compatible & h.LAZY_REFCOUNTS)
     data["refcount-bits"] = 1 << header.refcount_order
-    if header.version == 3:
-        data["corrupt"] = bool(header.incompatible & h.CORRUPT)
-        data["extended-l2"] = header.extended_l2
     if header.has_data_file:
         data["data-file"] = header.data_file_name
         data["data-file-raw"] = bool(header.autoclear & h.DATA_FILE_RAW)
+    if header.version == 3:
+        data["corrupt"] = bool(header.incompatible & h.CORRUPT)
+        data["extended-l2"] = header.extended_l2
     return data

@@ -18,6 +18,7 @@ from fastqcow.cli import main
 from images import mixed, text
 
 IMAGES = ["empty", "v2", "zlib", "zstd", "extended", "overlay", "short-base", "deep", "raw-holes", "wide-refcounts", "512"]
+IMAGES += ["snapshots", "data-file", "data-file-raw"]
 
 
 @pytest.fixture(scope="module", params=IMAGES)
@@ -64,6 +65,17 @@ def image(request: pytest.FixtureRequest, qemu: Qemu, tmp_path_factory: pytest.T
             qemu.io(path, "write 0 64k", "write 2500k 64k")
         case "wide-refcounts":
             convert("refcount_bits=64,lazy_refcounts=on")
+        case "snapshots":
+            convert("cluster_size=64k")
+            for name in ("first", "second one", "a name that is longer than its column"):
+                qemu.img("snapshot", "-c", name, path)
+                qemu.io(path, "write 1M 64k")
+        case "data-file":
+            convert(f"data_file={folder}/data.raw")
+            qemu.io(path, "write -z 64k 64k", "discard 256k 64k", "write 512k 64k")
+        case "data-file-raw":
+            qemu.img("create", "-q", "-f", "qcow2", "-o", f"data_file={folder}/data.raw,data_file_raw=on", path, "5M")
+            qemu.io(path, "write 0 1M", "write -z 64k 64k", "discard 256k 64k")
         case "512":
             convert("cluster_size=512", "-c")
     return path
@@ -117,7 +129,8 @@ def test_map_covers_the_disk_and_tells_the_truth(image: Path) -> None:
             if extent.zero and extent.length < 1 << 30:
                 assert not any(disk.pread(extent.length, extent.start))
             if extent.depth == 0 and extent.offset is not None and extent.data:
-                with image.open("rb") as f:
+                stored = image.with_name("data.raw") if disk.header.has_data_file else image
+                with stored.open("rb") as f:
                     f.seek(extent.offset)
                     assert f.read(min(extent.length, 4096)) == disk.pread(min(extent.length, 4096), extent.start)
         assert at == disk.size

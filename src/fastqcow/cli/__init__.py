@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from fastqcow import __version__
-    from fastqcow.cli import convert, info
+    from fastqcow.cli import convert, info, snapshot
     from fastqcow.cli import map as map_
 
     parser = _Parser(
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastqcow {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, map_, convert):
+    for command in (info, map_, convert, snapshot):
         command.add(commands)
     return parser
 
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(f"{os.fsdecode(e.filename)}: {e.strerror}" if e.filename else str(e), 1)
     except (Error, ValueError) as e:
         return _complain(str(e), 1)
+    except KeyError as e:  # no such snapshot
+        return _complain(str(e.args[0]), 1)
     except MemoryError:
         return _complain("not enough memory", 1)
     finally:

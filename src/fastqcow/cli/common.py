@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any, Literal
 
+from fastqcow.errors import printable
+
 __all__ = ["Commands", "add_image", "add_output", "size_argument", "size_text"]
 
 Commands = Any  # argparse keeps the type of add_subparsers() to itself
@@ -48,6 +50,20 @@ def size_argument(text: str) -> int:
     if nbytes >= 1 << 63:
         raise argparse.ArgumentTypeError(f"{text!r} is more than any file can have")
     return nbytes
+
+
+def snapshot_lines(snapshots: list[dict[str, Any]]) -> list[str]:
+    """The list of an image's snapshots, from the entries of its info, as qemu-img prints it."""
+    import datetime
+
+    lines = ["Snapshot list:", f"{'ID':<10}{'TAG':<17}{'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"]
+    for s in snapshots:
+        date = datetime.datetime.fromtimestamp(s["date-sec"]).strftime("%Y-%m-%d %H:%M:%S")
+        minutes, seconds = divmod(s["vm-clock-sec"], 60)
+        clock = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}.{s['vm-clock-nsec'] // 1_000_000:03}"
+        size = size_text(s["vm-state-size"])
+        lines.append(printable(f"{s['id']:<9} {s['name']:<16} {size:>8}{date:>20}{clock:>13}{s.get('icount', ''):>11}"))
+    return lines
 
 
 def size_text(nbytes: int) -> str:

@@ -25,6 +25,7 @@ def add(commands: Commands) -> None:
     )
     add_image(parser)
     parser.add_argument("target", metavar="OUTPUT", help="the file or block device to write")
+    parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="an internal snapshot, by id or name, in place of the disk")
     add_backing(parser)
     parser.add_argument("-O", dest="target_format", metavar="FMT", choices=["raw"], default="raw", help="format of the output: raw")
     parser.add_argument("-p", dest="progress", action="store_true", help="show progress, if standard error is a terminal")
@@ -47,10 +48,13 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     with (
-        open_image(arguments.image, backing=backing_of(arguments), threads=arguments.threads) as image,
+        open_image(
+            arguments.image, backing=backing_of(arguments), data_file=arguments.data_file, threads=arguments.threads
+        ) as image,
         bar(arguments.progress) as report,
     ):
-        done = convert(image, arguments.target, sparse_size=arguments.sparse_size, in_place=arguments.in_place, progress=report)
+        disk = image if arguments.snapshot is None else image.snapshot(arguments.snapshot)
+        done = convert(disk, arguments.target, sparse_size=arguments.sparse_size, in_place=arguments.in_place, progress=report)
     if arguments.output == "json":
         import dataclasses
         import json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastqcow.cli.common import Commands, add_image, add_output, size_text
+from fastqcow.cli.common import Commands, add_image, add_output, size_text, snapshot_lines
 from fastqcow.describe import info
 from fastqcow.errors import printable
 
@@ -53,6 +53,8 @@ def human(found: dict[str, Any]) -> str:
         lines.append(f"backing file: {found['backing-filename']}{actual}")
     if "backing-filename-format" in found:
         lines.append(f"backing file format: {found['backing-filename-format']}")
+    if "snapshots" in found:
+        lines += snapshot_lines(found["snapshots"])
     lines.append("Format specific information:")
     for name, value in found["format-specific"]["data"].items():
         lines.append(f"    {name.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
