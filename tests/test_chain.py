@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +183,59 @@ def test_empty_overlay_of_a_fragmented_base_costs_little(folder: Path) -> None:
             assert len(list(image.map())) == clusters
     finally:
         signal.alarm(0)
+
+
+def test_gate(folder: Path, tmp_path: Path) -> None:
+    """It is asked for each file of the chain, and answers with a rule."""
+    asked: list[tuple[str, str | None, str]] = []
+    answers: dict[str, Any] = {"mid": io.BytesIO(overlay("json:{}", None)), "json:{}": io.BytesIO(overlay("../base.raw"))}
+
+    def gate(name: str, fmt: str | None, image: str) -> Any:
+        asked.append((name, fmt, image))
+        return answers.get(name, tmp_path / "base.raw")
+
+    path = write(folder, "top.qcow2", overlay("mid", "qcow2"))
+    with fastqcow.open(path, backing=gate) as image:
+        assert image.read() == EXPECTED
+    assert asked == [("mid", "qcow2", str(path)), ("json:{}", None, "<BytesIO>"), ("../base.raw", "raw", "<BytesIO>")]
+
+
+@pytest.mark.parametrize(("answer", "expected"), [(False, bytes(CLUSTER)), ("follow", BASE[:CLUSTER])])
+def test_gate_answers_with_a_rule(folder: Path, answer: Any, expected: bytes) -> None:
+    with fastqcow.open(write(folder, "top.qcow2", overlay("../base.raw")), backing=lambda name, fmt, image: answer) as image:
+        assert image.pread(CLUSTER, 0) == expected
+
+
+def test_gate_that_leaves_it_to_the_safe_rule(folder: Path) -> None:
+    with pytest.raises(fastqcow.PolicyError):
+        fastqcow.open(write(folder, "top.qcow2", overlay("../base.raw")), backing=lambda name, fmt, image: None)
+
+
+def test_gate_that_raises(folder: Path) -> None:
+    def gate(name: str, fmt: str | None, image: str) -> None:
+        raise PermissionError(name)
+
+    with pytest.raises(PermissionError, match="base"):
+        fastqcow.open(write(folder, "top.qcow2", overlay("base.raw")), backing=gate)
+
+
+def test_corrupt_images_are_read_with_a_warning(folder: Path, qemu: Qemu, capsys: pytest.CaptureFixture[str]) -> None:
+    image = build([data_entry(PAYLOAD * CLUSTER)], TOP)
+    path = write(folder, "disk.qcow2", image[:72] + (2).to_bytes(8, "big") + image[80:])
+    with pytest.warns(fastqcow.CorruptWarning, match="marked as corrupt"), fastqcow.open(path) as disk:
+        assert disk.read() == qemu.read(path) == TOP
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        assert main(["map", str(path)]) == 0
+    assert capsys.readouterr().err == f"fastqcow: warning: {path}: the image is marked as corrupt\n"
+
+
+def test_dirty_images_are_read(folder: Path, qemu: Qemu) -> None:
+    image = build([data_entry(PAYLOAD * CLUSTER)], TOP)
+    path = write(folder, "disk.qcow2", image[:72] + (1).to_bytes(8, "big") + image[80:])
+    with fastqcow.open(path) as disk:
+        assert disk.read() == TOP
+        assert disk.info()["dirty-flag"]
 
 
 def test_missing_base(folder: Path) -> None:

@@ -141,6 +141,24 @@ def test_as_qemu_makes_them(qemu: Qemu, tmp_path: Path, raw: str) -> None:
 
 
 def test_option_of_a_wrong_kind(folder: Path) -> None:
-    wrong: Any = False
+    wrong: Any = 5
     with pytest.raises(TypeError):
         fastqcow.open(write(folder, image_with("data.raw")), data_file=wrong)
+
+
+def test_there_is_nothing_to_read_without_it(folder: Path) -> None:
+    with pytest.raises(fastqcow.PolicyError, match="cannot be read without"):
+        fastqcow.open(write(folder, image_with("data.raw")), data_file=False)
+
+
+def test_gate(folder: Path) -> None:
+    asked = []
+
+    def gate(name: str, fmt: str | None, image: str) -> Path:
+        asked.append((name, fmt, image))
+        return folder / "data.raw"
+
+    path = write(folder, image_with("somewhere/else"))
+    with fastqcow.open(path, data_file=gate) as image:
+        assert image.read() == CONTENTS
+    assert asked == [("somewhere/else", "raw", str(path))]

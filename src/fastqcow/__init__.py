@@ -8,7 +8,7 @@
 from fastqcow.clusters import Engines, Kind, L2Table, build_info, inflate, inflate_into, parse_l2
 from fastqcow.conversion import Conversion, convert
 from fastqcow.describe import info
-from fastqcow.errors import Error, FormatError, PasswordError, PolicyError, UnsupportedError
+from fastqcow.errors import CorruptWarning, Error, FormatError, PasswordError, PolicyError, UnsupportedError
 from fastqcow.header import Header
 from fastqcow.image import Extent, Image, Snapshot, open  # noqa: A004 - that is its name: fastqcow.open
 from fastqcow.snapshots import SnapshotEntry
@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Conversion",
+    "CorruptWarning",
     "Engines",
     "Error",
     "Extent",

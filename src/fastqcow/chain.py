@@ -1,44 +1,39 @@
-"""From an image's file to a reader of all its layers: which files may be opened, and how deep.
+"""From an image's file to a reader of all its layers.
 
-A file that an image names is opened only by a rule (`backing=`), since whoever wrote the image chose the name. Safe by
-default: inside the image's own directory, or below it, links followed. A name with a protocol (`json:`, `nbd:`, ...) is never
-opened.
+The chain is walked down first, opening files and reading headers, and then built up from its end: a reader needs the one below it.
+What files are opened on the way is up to policy.py.
 """
 
 from __future__ import annotations
 
-import os
-import re
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Literal
 
 from fastqcow import _inflate, header
 from fastqcow._reader import Reader, Source
-from fastqcow.errors import FormatError, PolicyError, UnsupportedError
+from fastqcow.errors import CorruptWarning, FormatError, UnsupportedError, printable
 from fastqcow.header import Header
-from fastqcow.source import open_path, open_source
+from fastqcow.policy import open_backing, open_data_file
+from fastqcow.source import open_source
 
 if TYPE_CHECKING:
     from fastqcow._types import BinaryFile, Path
+    from fastqcow.policy import Rule
 
-__all__ = ["Layer", "Options", "named_path", "open_chain", "open_view"]
+__all__ = ["Layer", "Options", "open_chain", "open_view"]
 
 DEPTH_MAX = 200
 L1_NBYTES_MAX = 256 << 20  # of all layers together; each may have 32 MiB
 TABLE_CACHE_NBYTES = 8 << 20
-if TYPE_CHECKING:
-    FileRule: TypeAlias = Path | BinaryFile | None
-    BackingRule: TypeAlias = Literal[False] | FileRule
-
-_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
     """How to open an image; see `fastqcow.open`."""
 
-    backing: BackingRule
-    data_file: FileRule
+    backing: Rule
+    data_file: Rule
     threads: int
     cache_size: int
     engine: Literal["libdeflate", "libz"]
@@ -80,9 +75,9 @@ def open_chain(source: Path | BinaryFile, options: Options) -> Layer:
             raise FormatError(f"the backing chain is deeper than {DEPTH_MAX} files", path=opened.path)
         seen.add(identity)
         head = _read_header(opened, fmt)
-        files.append((opened, head, _open_data(opened, head, data_rule)))
-        opened, rule = _open_backing(opened, head, rule)
-        data_rule = "follow" if data_rule == "follow" else None
+        data, data_rule = open_data_file(opened, head, data_rule) if head else (None, None)
+        files.append((opened, head, data))
+        opened, rule = open_backing(opened, head, rule) if head else (None, None)
         fmt = head.backing_format if head else None
     headers = [head for _, head, _ in files if head]
     if sum(head.l1_entries * 8 for head in headers) > L1_NBYTES_MAX:
@@ -117,6 +112,8 @@ def _read_header(source: Source, fmt: str | None) -> Header | None:
     head = Header.read(source.pread, source.path)
     if head.encrypted:
         raise UnsupportedError("encrypted images are not supported yet", path=source.path)
+    if head.corrupt:
+        warnings.warn(f"{printable(source.path)}: the image is marked as corrupt", CorruptWarning, stacklevel=4)
     return head
 
 
@@ -165,60 +162,3 @@ def _open_reader(
         cluster_cache_nbytes=options.cache_size,
         table_cache_nbytes=TABLE_CACHE_NBYTES,
     )
-
-
-def _open_data(source: Source, head: Header | None, rule: FileRule) -> Source | None:
-    """The external data file of a layer that has one."""
-    if head is None or not head.has_data_file:
-        return None
-    if rule is not None and rule != "follow":
-        return open_source(rule)
-    if head.data_file_name is None:
-        raise FormatError("the image has an external data file and does not name it; give it with data_file=", path=source.path)
-    return _open_named(source, head.data_file_name, "data file", "data_file", follow=rule == "follow")
-
-
-def _open_backing(source: Source, head: Header | None, rule: BackingRule) -> tuple[Source | None, BackingRule]:
-    """The backing file, and the rule for the one below it."""
-    if head is None or head.backing_name is None or rule is False:
-        return None, rule
-    if rule is None or rule == "follow":
-        return _open_named(source, head.backing_name, "backing file", "backing", follow=rule == "follow"), rule
-    # The caller's file stands for this image's backing file; what that one names is under the safe rule again.
-    return open_source(rule), None
-
-
-def _open_named(image: Source, name: str, what: str, option: str, *, follow: bool) -> Source:
-    """Open a file that an image names: wherever it is, or only if it lies, links followed, in the image's directory or below."""
-    path = named_path(image, name, what, option)
-    if follow:
-        return open_path(path, path)
-    directory, real = os.path.dirname(os.path.realpath(image.path)), os.path.realpath(path)
-    if not image.has_path or os.path.commonpath((directory, real)) != directory:
-        raise PolicyError(
-            f"the {what} {path!r} lies outside of the image's directory, and is not opened; "
-            f"allow it with {option}='follow', or give the file with {option}=",
-            path=image.path,
-        )
-    return open_path(path, real)
-
-
-def named_path(image: Source, name: str, what: str, option: str) -> str:
-    """The path that a name in an image stands for: relative names count from the image's directory.
-
-    Raises:
-        PolicyError: the name is not a path, or is relative to a directory that is not known.
-    """
-    if name.startswith("file:"):
-        name = name.removeprefix("file:")
-    elif _PROTOCOL.match(name):
-        raise PolicyError(
-            f"the {what} {name!r} is not a plain path, and is not opened; give the file with {option}=", path=image.path
-        )
-    if not image.has_path and not os.path.isabs(name):
-        raise PolicyError(
-            f"the {what} {name!r} lies beside the image, which was opened from a file object without a path; "
-            f"give the file with {option}=",
-            path=image.path,
-        )
-    return os.path.join(os.path.dirname(image.path), name) if image.has_path else name

@@ -6,9 +6,9 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from fastqcow import header as h
-from fastqcow.chain import named_path
 from fastqcow.errors import PolicyError
 from fastqcow.header import Header
+from fastqcow.policy import named_path
 from fastqcow.snapshots import SnapshotEntry, read_table
 from fastqcow.source import open_source
 
@@ -92,6 +92,6 @@ def _format_specific(header: Header) -> dict[str, Any]:
         data["data-file"] = header.data_file_name
         data["data-file-raw"] = bool(header.autoclear & h.DATA_FILE_RAW)
     if header.version == 3:
-        data["corrupt"] = bool(header.incompatible & h.CORRUPT)
+        data["corrupt"] = header.corrupt
         data["extended-l2"] = header.extended_l2
     return data

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["Error", "FormatError", "PasswordError", "PolicyError", "UnsupportedError"]
+__all__ = ["CorruptWarning", "Error", "FormatError", "PasswordError", "PolicyError", "UnsupportedError"]
 
 
 class Error(Exception):
@@ -54,6 +54,10 @@ class PolicyError(Error):
 
 class PasswordError(Error):
     """The image is encrypted, and the password is missing or wrong."""
+
+
+class CorruptWarning(UserWarning):
+    """The image is marked as corrupt. It is read as far as its tables make sense."""
 
 
 def printable(text: str) -> str:

@@ -131,6 +131,11 @@ class Header:
         return self.crypt_method != 0
 
     @property
+    def corrupt(self) -> bool:
+        """Whoever wrote to the image last found it damaged, and said so."""
+        return bool(self.incompatible & CORRUPT)
+
+    @property
     def has_data_file(self) -> bool:
         return bool(self.incompatible & DATA_FILE)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from fastqcow._types import BinaryFile, Path
     from fastqcow.header import Header
+    from fastqcow.policy import Rule
 
 __all__ = ["Extent", "Image", "Snapshot", "VmState", "open"]
 
@@ -177,8 +178,8 @@ def available_cpus() -> int:
 
 
 def make_options(
-    backing: Literal[False] | Path | BinaryFile | None = None,
-    data_file: Path | BinaryFile | None = None,
+    backing: Rule = None,
+    data_file: Rule = None,
     threads: int | None = None,
     cache_size: int | None = None,
     engine: str | None = None,
@@ -203,8 +204,8 @@ def make_options(
 def open(  # noqa: A001 - called as fastqcow.open
     source: Path | BinaryFile,
     *,
-    backing: Literal[False] | Path | BinaryFile | None = None,
-    data_file: Path | BinaryFile | None = None,
+    backing: Rule = None,
+    data_file: Rule = None,
     threads: int | None = None,
     cache_size: int | None = None,
     engine: Literal["libdeflate", "libz"] | None = None,
@@ -215,8 +216,11 @@ def open(  # noqa: A001 - called as fastqcow.open
         source: a path, or an open, seekable binary file, which stays the caller's.
         backing: what to do about a backing file that the image names. None: open it if it lies in the image's own directory or
             below. "follow": open it wherever it is. False: do without, unallocated clusters read as zeroes. A path or an open file:
-            that one instead (a path named "follow" is written "./follow").
-        data_file: the same for an external data file. A file counts for the image itself, "follow" for its backing files too.
+            that one instead (a path named "follow" is written "./follow"). A function: it is called for each file of the chain with
+            the name in the image, the format (None where the image does not say it) and the path of the image that names it, and
+            returns one of the others, or raises.
+        data_file: the same for an external data file, without which there is nothing to read. A given file counts for the image
+            itself, the other rules for its backing files too.
         threads: at most so many threads work on one read, the calling one included; by default one for each CPU that the process
             may use.
         cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default.
@@ -226,8 +230,11 @@ def open(  # noqa: A001 - called as fastqcow.open
     Raises:
         FormatError: not a qcow2 image, or a damaged one.
         UnsupportedError: an image that needs a feature which fastqcow does not have.
-        PolicyError: the image names a backing file that `backing` does not allow.
+        PolicyError: the image names a file that `backing` or `data_file` does not allow.
         OSError: a file cannot be opened or read.
+
+    Warns:
+        CorruptWarning: the image is marked as corrupt.
     """
     options = make_options(backing, data_file, threads, cache_size, engine)
     return Image(open_chain(source, options), options)

@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -44,11 +45,17 @@ def _stop(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
 
+def _warn(message: Warning | str, *_: object, **__: object) -> None:
+    """In one line, as all that is said here, and without the line of code that Python would show."""
+    _complain(f"warning: {message}", 0)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     from fastqcow.errors import Error
 
     arguments = _parser().parse_args(argv)
+    warnings.showwarning = _warn
     before = signal.signal(signal.SIGTERM, _stop)
     try:
         code: int = arguments.run(arguments)
