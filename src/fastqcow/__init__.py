@@ -6,6 +6,7 @@
 """
 
 from fastqcow.clusters import Engines, Kind, L2Table, build_info, inflate, inflate_into, parse_l2
+from fastqcow.comparison import Difference, checksum, compare
 from fastqcow.conversion import Conversion, convert
 from fastqcow.describe import info
 from fastqcow.errors import CorruptWarning, Error, FormatError, PasswordError, PolicyError, UnsupportedError
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Conversion",
     "CorruptWarning",
+    "Difference",
     "Engines",
     "Error",
     "Extent",
@@ -32,6 +34,8 @@ __all__ = [
     "SnapshotEntry",
     "UnsupportedError",
     "build_info",
+    "checksum",
+    "compare",
     "convert",
     "inflate",
     "inflate_into",

@@ -38,6 +38,15 @@ class Options:
     cache_size: int
     engine: Literal["libdeflate", "libz"]
 
+    def sizes(self, largest_cluster: int) -> dict[str, int]:
+        """What every reader of a chain is given."""
+        return {
+            "threads": self.threads,
+            "largest_cluster": largest_cluster,
+            "cluster_cache_nbytes": self.cache_size,
+            "table_cache_nbytes": TABLE_CACHE_NBYTES,
+        }
+
     def codec(self, compression_type: str) -> int:
         if compression_type == "zstd":
             return _inflate.ZSTD
@@ -121,14 +130,7 @@ def _open_layer(
     source: Source, head: Header | None, data: Source | None, below: Layer | None, options: Options, largest_cluster: int
 ) -> Layer:
     if head is None:
-        raw = Reader.raw(
-            source,
-            threads=options.threads,
-            largest_cluster=largest_cluster,
-            cluster_cache_nbytes=options.cache_size,
-            table_cache_nbytes=TABLE_CACHE_NBYTES,
-        )
-        return Layer(raw, None, None, None)
+        return Layer(Reader.raw(source, **options.sizes(largest_cluster)), None, None, None)
     reader = _open_reader(source, head, data, below, None, options, largest_cluster, head.disk_size, head.l1_off, head.l1_entries)
     return Layer(reader, head, data, below)
 
@@ -157,8 +159,5 @@ def _open_reader(
         size=size,
         l1_off=l1_off,
         l1_entries=l1_entries,
-        threads=options.threads,
-        largest_cluster=largest_cluster,
-        cluster_cache_nbytes=options.cache_size,
-        table_cache_nbytes=TABLE_CACHE_NBYTES,
+        **options.sizes(largest_cluster),
     )

@@ -4,17 +4,44 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from fastqcow import _reader
 from fastqcow.locks import ForkSafeLock
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from fastqcow._reader import Reader
     from fastqcow._types import Readable, Writable
 
-__all__ = ["DiskFile"]
+__all__ = ["DiskFile", "Extent"]
+
+_EXTENTS_AT_ONCE = 1024
+
+
+class Extent(NamedTuple):
+    """A range of the disk whose bytes come from one place; the fields of `qemu-img map --output=json`.
+
+    Attributes:
+        start: guest offset, in bytes.
+        length: in bytes.
+        depth: the layer that decides: 0 is the image, 1 its backing file, ...
+        present: some layer says what is here; if not, the bytes are zeroes because nobody wrote them.
+        zero: the bytes read as zeroes.
+        data: bytes are stored.
+        compressed: they are stored compressed.
+        offset: host offset in that layer's file, where the bytes have one.
+    """
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    compressed: bool
+    offset: int | None
 
 
 class DiskFile(io.RawIOBase):
@@ -128,3 +155,26 @@ class DiskFile(io.RawIOBase):
 
     def write(self, buffer: Readable, /) -> NoReturn:
         raise io.UnsupportedOperation("images are read-only")
+
+    def map(self, guest_off: int = 0, nbytes: int | None = None) -> Iterator[Extent]:
+        """The extents of the disk in order, neighbours that continue each other merged; as `qemu-img map` lists them.
+
+        Args:
+            guest_off: where to start, in bytes.
+            nbytes: how far to go; to the end by default.
+        """
+        reader = self._open_reader()
+        end = self.size if nbytes is None else min(guest_off + nbytes, self.size)
+        if guest_off < 0 or end < 0:
+            raise ValueError("the range cannot start or end before 0")
+        return _extents(reader, min(guest_off, end) + self._start, end + self._start, self._start)
+
+
+def _extents(reader: Reader, at: int, end: int, base: int) -> Iterator[Extent]:
+    unallocated = (_reader.UNALLOCATED, _reader.UNALLOCATED_ALLOC)
+    with_data = (_reader.DATA, _reader.COMPRESSED)
+    while at < end:
+        for start, length, offset, depth, kind in reader.extents(at, end, _EXTENTS_AT_ONCE):
+            data = kind in with_data
+            yield Extent(start - base, length, depth, kind not in unallocated, not data, data, kind == _reader.COMPRESSED, offset)
+            at = start + length

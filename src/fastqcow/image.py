@@ -4,49 +4,23 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from fastqcow import _reader
 from fastqcow.chain import Layer, Options, open_chain, open_view
 from fastqcow.describe import layer_info
-from fastqcow.diskfile import DiskFile
+from fastqcow.diskfile import DiskFile, Extent
 from fastqcow.snapshots import SnapshotEntry, check, find, read_table
+from fastqcow.source import open_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from fastqcow._types import BinaryFile, Path
     from fastqcow.header import Header
     from fastqcow.policy import Rule
 
-__all__ = ["Extent", "Image", "Snapshot", "VmState", "open"]
+__all__ = ["Extent", "Image", "Snapshot", "VmState", "open", "open_raw"]
 
 CACHE_SIZE = 32 << 20
-_EXTENTS_AT_ONCE = 1024
-
-
-class Extent(NamedTuple):
-    """A range of the disk whose bytes come from one place; the fields of `qemu-img map --output=json`.
-
-    Attributes:
-        start: guest offset, in bytes.
-        length: in bytes.
-        depth: the layer that decides: 0 is the image, 1 its backing file, ...
-        present: some layer says what is here; if not, the bytes are zeroes because nobody wrote them.
-        zero: the bytes read as zeroes.
-        data: bytes are stored.
-        compressed: they are stored compressed.
-        offset: host offset in that layer's file, where the bytes have one.
-    """
-
-    start: int
-    length: int
-    depth: int
-    present: bool
-    zero: bool
-    data: bool
-    compressed: bool
-    offset: int | None
 
 
 class Image(DiskFile):
@@ -72,19 +46,6 @@ class Image(DiskFile):
     def close(self) -> None:
         self._chain = None
         super().close()
-
-    def map(self, guest_off: int = 0, nbytes: int | None = None) -> Iterator[Extent]:
-        """The extents of the disk in order, neighbours that continue each other merged; as `qemu-img map` lists them.
-
-        Args:
-            guest_off: where to start, in bytes.
-            nbytes: how far to go; to the end by default.
-        """
-        reader = self._open_reader()
-        end = self.size if nbytes is None else min(guest_off + nbytes, self.size)
-        if guest_off < 0 or end < 0:
-            raise ValueError("the range cannot start or end before 0")
-        return _extents(reader, min(guest_off, end), end)
 
     def info(self) -> dict[str, Any]:
         """What `qemu-img info --output=json` says, field for field."""
@@ -160,16 +121,6 @@ class VmState(DiskFile):
         super().__init__(open_view(image, options, size=size, with_backing=False, **table).reader, start)
 
 
-def _extents(reader: _reader.Reader, at: int, end: int) -> Iterator[Extent]:
-    unallocated = (_reader.UNALLOCATED, _reader.UNALLOCATED_ALLOC)
-    with_data = (_reader.DATA, _reader.COMPRESSED)
-    while at < end:
-        for start, length, offset, depth, kind in reader.extents(at, end, _EXTENTS_AT_ONCE):
-            data = kind in with_data
-            yield Extent(start, length, depth, kind not in unallocated, not data, data, kind == _reader.COMPRESSED, offset)
-            at = start + length
-
-
 def available_cpus() -> int:
     """CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
@@ -238,3 +189,9 @@ def open(  # noqa: A001 - called as fastqcow.open
     """
     options = make_options(backing, data_file, threads, cache_size, engine)
     return Image(open_chain(source, options), options)
+
+
+def open_raw(source: Path | BinaryFile) -> DiskFile:
+    """A raw file as a disk: what it takes to treat one and an image alike."""
+    options = make_options()
+    return DiskFile(_reader.Reader.raw(open_source(source), **options.sizes(largest_cluster=0)))

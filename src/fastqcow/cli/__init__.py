@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from fastqcow import __version__
-    from fastqcow.cli import convert, info, snapshot
+    from fastqcow.cli import checksum, compare, convert, info, snapshot
     from fastqcow.cli import map as map_
 
     parser = _Parser(
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastqcow {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, map_, convert, snapshot):
+    for command in (info, map_, convert, compare, checksum, snapshot):
         command.add(commands)
     return parser
 
@@ -67,16 +67,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; there is nobody to tell. Python would complain again when it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as e:
-        return _complain(f"{os.fsdecode(e.filename)}: {e.strerror}" if e.filename else str(e), 1)
-    except (Error, ValueError) as e:
-        return _complain(str(e), 1)
-    except KeyError as e:  # no such snapshot
-        return _complain(str(e.args[0]), 1)
-    except MemoryError:
-        return _complain("not enough memory", 1)
+    except (Error, OSError, ValueError, KeyError, MemoryError) as e:
+        return _complain(explain(e), 1)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def explain(error: Exception) -> str:
+    """What to tell a person of an error, in one line."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, KeyError):  # no such snapshot; str() would put it in quotes
+        return str(error.args[0])
+    return str(error) or "not enough memory"
 
 
 def _complain(message: str, code: int) -> int:

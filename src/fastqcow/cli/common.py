@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from fastqcow.errors import printable
+from fastqcow.diskfile import DiskFile
+from fastqcow.errors import UnsupportedError, printable
+from fastqcow.image import open as open_image
+from fastqcow.image import open_raw
+from fastqcow.source import open_source
 
-__all__ = ["Commands", "add_image", "add_output", "size_argument", "size_text"]
+__all__ = [
+    "FORMATS",
+    "Commands",
+    "add_backing",
+    "add_image",
+    "add_output",
+    "backing_of",
+    "bar",
+    "open_disk",
+    "size_argument",
+    "size_text",
+    "snapshot_lines",
+]
+
+FORMATS = ["qcow2", "raw"]
+# What other formats start with: to be refused by name, and not to be taken for raw.
+_OTHERS = {
+    b"KDMV": "vmdk",
+    b"# Disk DescriptorFile": "vmdk",
+    b"vhdxfile": "vhdx",
+    b"conectix": "vpc",
+    b"<<< ": "vdi",
+    b"LUKS\xba\xbe": "luks",
+    b"QED\0": "qed",
+    b"QFI\xfb\0\0\0\1": "qcow",
+    b"WithoutFreeSpace": "parallels",
+    b"WithouFreSpacExt": "parallels",
+}
 
 Commands = Any  # argparse keeps the type of add_subparsers() to itself
 
@@ -35,6 +70,20 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
 def backing_of(arguments: argparse.Namespace) -> str | Literal[False] | None:
     given: str | None = arguments.backing
     return False if given == "none" else given
+
+
+def open_disk(path: str, fmt: str | None, **options: Any) -> DiskFile:
+    """Open an image of a format, or of the one that it looks like: qcow2 by its first bytes, raw if it looks like nothing else."""
+    if fmt is None:
+        head = open_source(path).pread(24, 0)
+        fmt = next(
+            (name for magic, name in _OTHERS.items() if head.startswith(magic)), "qcow2" if head[:4] == b"QFI\xfb" else "raw"
+        )
+    if fmt == "qcow2":
+        return open_image(path, **options)
+    if fmt == "raw":
+        return open_raw(path)
+    raise UnsupportedError(f"the format {fmt} is not supported; qcow2 and raw are", path=path)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:
@@ -72,3 +121,24 @@ def size_text(nbytes: int) -> str:
     if nbytes / (1 << 10 * power) >= 999.5 and power < 6:
         power += 1
     return f"{nbytes / (1 << 10 * power):0.3g} {('', 'Ki', 'Mi', 'Gi', 'Ti', 'Pi', 'Ei')[power]}B"
+
+
+@contextlib.contextmanager
+def bar(wanted: bool) -> Iterator[Callable[[int, int], object] | None]:
+    """A progress bar on a terminal, where tqdm is installed to draw it."""
+    if not (wanted and os.isatty(sys.stderr.fileno())):
+        yield None
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print("fastqcow: no progress is shown: install tqdm, or fastqcow[progress]", file=sys.stderr)
+        yield None
+        return
+    with tqdm(unit="B", unit_scale=True, unit_divisor=1024) as drawn:
+
+        def report(done: int, total: int) -> None:
+            drawn.total = total
+            drawn.update(done - drawn.n)
+
+        yield report

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import sys
-from collections.abc import Callable, Iterator
 
-from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of, size_argument
+from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of, bar, size_argument
 from fastqcow.conversion import SPARSE_SIZE, convert
 from fastqcow.image import open as open_image
 
@@ -61,24 +57,3 @@ def run(arguments: argparse.Namespace) -> int:
 
         print(json.dumps({k.replace("_", "-"): v for k, v in dataclasses.asdict(done).items()}, indent=4))
     return 0
-
-
-@contextlib.contextmanager
-def bar(wanted: bool) -> Iterator[Callable[[int, int], object] | None]:
-    """A progress bar on a terminal, where tqdm is installed to draw it."""
-    if not (wanted and os.isatty(sys.stderr.fileno())):
-        yield None
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        print("fastqcow: no progress is shown: install tqdm, or fastqcow[progress]", file=sys.stderr)
-        yield None
-        return
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024) as drawn:
-
-        def report(done: int, total: int) -> None:
-            drawn.total = total
-            drawn.update(done - drawn.n)
-
-        yield report
