@@ -88,8 +88,8 @@ static void scatter(const fq_dest *dest, uint64_t guest_off, const uint8_t *from
 /* ---- plain data */
 
 /*
- * A data cluster that the end of the file cuts is followed by zeroes, as for QEMU. One that starts beyond the end is an error here,
- * where QEMU gives zeroes: the file was cut, and the bytes are lost.
+ * A data cluster that the end of the file cuts is followed by zeroes, as for QEMU, and so is the last sector of a raw file. One
+ * that starts beyond the end is an error here, where QEMU gives zeroes: the file was cut, and the bytes are lost.
  */
 static fq_status read_data(fq_job *job, const fq_run *run, uint64_t done, uint8_t *to, size_t nbytes, fq_error *error)
 {
@@ -105,7 +105,7 @@ static fq_status read_data(fq_job *job, const fq_run *run, uint64_t done, uint8_
     }
     fq_count(&layer->bytes_fetched, got);
     if (got < nbytes) {
-        const uint64_t size = fq_source_size(layer->data), mask = layer->raw ? 0 : fq_cluster_size(&layer->geometry) - 1;
+        const uint64_t size = fq_source_size(layer->data), mask = (layer->raw ? 512 : fq_cluster_size(&layer->geometry)) - 1;
         const uint64_t last = (host_off + nbytes - 1) & ~mask, first_lost = (size + mask) & ~mask;
 
         /* A file object that has lost its end since, or a file that grows at this moment: where it ends is not known. */

@@ -112,8 +112,9 @@ uint64_t fq_source_run(const fq_source *s, uint64_t host_off, uint64_t nbytes, b
         off_t end = -1;
 
         if (data < 0) {
-            /* No data up to the end; which has to lie behind the run, or what was lost with a cut file would pass for a hole. */
-            *hole = errno == ENXIO && host_off + nbytes <= fq_source_size(s);
+            /* No data up to the end; which has to lie behind the run, or in its last sector, or what was lost with a cut file would
+               pass for a hole. */
+            *hole = errno == ENXIO && host_off + nbytes <= ((fq_source_size(s) + 511) & ~UINT64_C(511));
             return nbytes;
         }
         if ((uint64_t)data > host_off) {

@@ -57,3 +57,14 @@ def demo_image() -> Path:
 def interruptible() -> None:
     """What is started in the background by a shell ignores Ctrl-C, and so do its children; the tests are about what it does."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--random-images", type=int, default=25, metavar="N", help="how many random images to try")
+    parser.addoption("--random-seed", type=int, default=0, metavar="SEED", help="the first of their seeds")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "random_image_seed" in metafunc.fixturenames:
+        first, count = (metafunc.config.getoption(name) for name in ("--random-seed", "--random-images"))
+        metafunc.parametrize("random_image_seed", range(first, first + count))

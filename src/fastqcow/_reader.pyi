@@ -41,7 +41,7 @@ class Reader:
     def size(self) -> int: ...
     @staticmethod
     def raw(
-        source: Source, *, threads: int, largest_cluster: int, cluster_cache_nbytes: int, table_cache_nbytes: int
+        source: Source, size: int, *, threads: int, largest_cluster: int, cluster_cache_nbytes: int, table_cache_nbytes: int
     ) -> Reader: ...
     @staticmethod
     def qcow2(

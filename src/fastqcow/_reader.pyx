@@ -250,9 +250,10 @@ cdef class Reader:
 
     @staticmethod
     def raw(
-        Source source, *, unsigned threads, size_t largest_cluster, size_t cluster_cache_nbytes, size_t table_cache_nbytes
+        Source source, uint64_t size, *, unsigned threads, size_t largest_cluster, size_t cluster_cache_nbytes, size_t table_cache_nbytes
     ):
-        cdef Reader self = Reader.create(source, source, None, source.size)
+        """`size`: of the disk; the file's, or that in whole sectors."""
+        cdef Reader self = Reader.create(source, source, None, size)
         cdef fq_reader_options options
         cdef fq_error error
 

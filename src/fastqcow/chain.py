@@ -130,7 +130,7 @@ def _open_layer(
     source: Source, head: Header | None, data: Source | None, below: Layer | None, options: Options, largest_cluster: int
 ) -> Layer:
     if head is None:
-        return Layer(Reader.raw(source, **options.sizes(largest_cluster)), None, None, None)
+        return Layer(Reader.raw(source, source.size + 511 & ~511, **options.sizes(largest_cluster)), None, None, None)
     reader = _open_reader(source, head, data, below, None, options, largest_cluster, head.disk_size, head.l1_off, head.l1_entries)
     return Layer(reader, head, data, below)
 

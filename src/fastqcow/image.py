@@ -193,5 +193,5 @@ def open(  # noqa: A001 - called as fastqcow.open
 
 def open_raw(source: Path | BinaryFile) -> DiskFile:
     """A raw file as a disk: what it takes to treat one and an image alike."""
-    options = make_options()
-    return DiskFile(_reader.Reader.raw(open_source(source), **options.sizes(largest_cluster=0)))
+    opened = open_source(source)
+    return DiskFile(_reader.Reader.raw(opened, opened.size, **make_options().sizes(largest_cluster=0)))
