@@ -13,6 +13,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 import fastqcow
 from conftest import Qemu
 from images import mixed
