@@ -6,6 +6,8 @@ What files are opened on the way is up to policy.py.
 
 from __future__ import annotations
 
+import os
+import sys
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -21,11 +23,12 @@ if TYPE_CHECKING:
     from fastqcow._types import BinaryFile, Path
     from fastqcow.policy import Rule
 
-__all__ = ["Layer", "Options", "open_chain", "open_view"]
+__all__ = ["Layer", "Options", "make_options", "open_chain", "open_view"]
 
 DEPTH_MAX = 200
 L1_NBYTES_MAX = 256 << 20  # of all layers together; each may have 32 MiB
 TABLE_CACHE_NBYTES = 8 << 20
+CACHE_SIZE = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +54,37 @@ class Options:
         if compression_type == "zstd":
             return _inflate.ZSTD
         return _inflate.DEFLATE if self.engine == "libdeflate" else _inflate.DEFLATE_LIBZ
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0)) or 1
+    return os.cpu_count() or 1
+
+
+def make_options(
+    backing: Rule = None,
+    data_file: Rule = None,
+    threads: int | None = None,
+    cache_size: int | None = None,
+    engine: str | None = None,
+) -> Options:
+    """Check and fill in the options of `open`."""
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads is {threads}; at least one is needed")
+    if cache_size is not None and not 0 <= cache_size <= sys.maxsize:
+        raise ValueError(f"cache_size is {cache_size}; it is a number of bytes")
+    engine = engine or os.environ.get("FASTQCOW_ENGINE") or "libdeflate"
+    if engine not in ("libdeflate", "libz"):
+        raise ValueError(f"engine is {engine!r}; it can be 'libdeflate' or 'libz'")
+    return Options(
+        backing=backing,
+        data_file=data_file,
+        threads=min(threads or available_cpus(), 256),
+        cache_size=CACHE_SIZE if cache_size is None else cache_size,
+        engine="libz" if engine == "libz" else "libdeflate",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +153,8 @@ def _read_header(source: Source, fmt: str | None) -> Header | None:
     if fmt not in (None, "qcow2"):
         raise UnsupportedError(f"the format {fmt!r} of this backing file is not supported; raw and qcow2 are", path=source.path)
     head = Header.read(source.pread, source.path)
-    if head.encrypted:
-        raise UnsupportedError("encrypted images are not supported yet", path=source.path)
+    if head.unsupported:
+        raise UnsupportedError(head.unsupported, path=source.path)
     if head.corrupt:
         warnings.warn(f"{printable(source.path)}: the image is marked as corrupt", CorruptWarning, stacklevel=4)
     return head

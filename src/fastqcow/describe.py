@@ -3,31 +3,78 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 from fastqcow import header as h
-from fastqcow.errors import PolicyError
+from fastqcow.chain import DEPTH_MAX, make_options, open_chain
+from fastqcow.errors import CorruptWarning, Error, FormatError, PolicyError
 from fastqcow.header import Header
-from fastqcow.policy import named_path
+from fastqcow.policy import named_path, open_backing
 from fastqcow.snapshots import SnapshotEntry, read_table
 from fastqcow.source import open_source
 
 if TYPE_CHECKING:
     from fastqcow._reader import Source
     from fastqcow._types import BinaryFile, Path
+    from fastqcow.policy import Rule
 
-__all__ = ["info", "layer_info"]
+__all__ = ["chain_info", "info", "layer_info"]
 
 
 def info(source: Path | BinaryFile) -> dict[str, Any]:
-    """What `qemu-img info --output=json` says of an image. Only its header is read, so this works where the image cannot be opened.
+    """What `qemu-img info --output=json` says of an image, without reading its contents.
+
+    This works for images that cannot be read, too: then "unreadable" says why.
 
     Raises:
-        FormatError, UnsupportedError, OSError: as `fastqcow.open`.
+        FormatError, UnsupportedError: not a qcow2 image, a damaged header, or an unknown version.
+        OSError: the file cannot be opened or read.
     """
     opened = open_source(source)
     header = Header.read(opened.pread, opened.path)
-    return layer_info(opened, header, read_table(opened.pread, header, opened.path))
+    found = layer_info(opened, header, read_table(opened.pread, header, opened.path))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CorruptWarning)
+            open_chain(source, make_options())
+    except (Error, OSError) as e:
+        found["unreadable"] = str(e)
+    return found
+
+
+def chain_info(source: Path | BinaryFile, rule: Rule = None) -> list[dict[str, Any]]:
+    """As `info`, of the image and its backing files in turn, which are opened by a rule as `fastqcow.open` has it.
+
+    Raises:
+        FormatError, UnsupportedError, PolicyError, OSError: of any of the files.
+    """
+    found = []
+    opened: Source | None = open_source(source)
+    fmt: str | None = "qcow2"
+    seen: set[object] = set()
+    while opened is not None:
+        if opened.identity() in seen or len(seen) == DEPTH_MAX:
+            raise FormatError("the backing chain comes back to this file, or does not end", path=opened.path)
+        seen.add(opened.identity())
+        if fmt == "raw":
+            found.append(_raw_info(opened))
+            break
+        header = Header.read(opened.pread, opened.path)
+        found.append(layer_info(opened, header, read_table(opened.pread, header, opened.path)))
+        fmt = header.backing_format
+        opened, rule = open_backing(opened, header, rule)
+    return found
+
+
+def _raw_info(source: Source) -> dict[str, Any]:
+    return {
+        "virtual-size": source.size + 511 & ~511,
+        "filename": source.path,
+        "format": "raw",
+        "actual-size": _actual_size(source),
+        "dirty-flag": False,
+    }
 
 
 def layer_info(source: Source, header: Header, snapshots: tuple[SnapshotEntry, ...]) -> dict[str, Any]:

@@ -82,7 +82,10 @@ class UnknownExtension:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """All of the header. Offsets are places in the file; counts are entries; sizes are bytes."""
+    """All of the header. Offsets are places in the file; counts are entries; sizes are bytes.
+
+    unsupported: why the image cannot be read although its header can; None if it can.
+    """
 
     version: int
     cluster_bits: int
@@ -107,6 +110,7 @@ class Header:
     bitmaps: BitmapsExtension | None
     crypto: CryptoHeader | None
     unknown_extensions: tuple[UnknownExtension, ...]
+    unsupported: str | None
 
     @property
     def cluster_size(self) -> int:
@@ -149,7 +153,8 @@ class Header:
 
         Raises:
             FormatError: not a qcow2 image, or one whose header is damaged.
-            UnsupportedError: a version, a feature or a compression that this library does not know.
+            UnsupportedError: a version of the format that this library does not know. Features that it does not know raise nothing
+                here: they are named in `unsupported`.
         """
         return _Parser(pread, path).parse()
 
@@ -211,24 +216,13 @@ class _Parser:
         extensions_end = backing_off or cluster_size
         header = self.pread(cluster_size, 0)
         found = self.extensions(header, header_nbytes, extensions_end)
-        unknown = incompatible & ~KNOWN_INCOMPATIBLE
-        if unknown:
-            names = {f.bit: f.name for f in found.features if f.kind == 0}
-            bits = [bit for bit in range(64) if unknown >> bit & 1]
-            listed = ", ".join(names.get(bit) or f"bit {bit}" for bit in bits)
-            raise UnsupportedError(
-                f"the image needs features that are not known: {listed}", path=self.path, host_off=72, value=incompatible
-            )
+        unsupported = self.unsupported(incompatible, compression, crypt_method, found.features)
         if bool(incompatible & COMPRESSION_TYPE) != bool(compression):
             raise self.bad("the compression type and its feature bit contradict each other", V3_NBYTES_MIN, compression)
-        if compression >= len(COMPRESSION_TYPES):
-            raise UnsupportedError("the compression type is not known", path=self.path, host_off=V3_NBYTES_MIN, value=compression)
         if incompatible & EXTENDED_L2 and cluster_bits < 14:
             raise self.bad("cluster_bits is less than 14, with extended L2 entries", 20, cluster_bits)
         if refcount_order > 6:
             raise self.bad("refcount_order is more than 6", 96, refcount_order)
-        if crypt_method > 2:
-            raise UnsupportedError("the encryption method is not known", path=self.path, host_off=32, value=crypt_method)
 
         self.check_size(size, cluster_bits, bool(incompatible & EXTENDED_L2), l1_entries)
         self.check_table("L1", l1_off, l1_entries * 8, L1_NBYTES_MAX, cluster_size, 40)
@@ -255,7 +249,7 @@ class _Parser:
             autoclear=autoclear,
             refcount_order=refcount_order,
             header_nbytes=header_nbytes,
-            compression_type=COMPRESSION_TYPES[compression],
+            compression_type=COMPRESSION_TYPES[compression] if compression < len(COMPRESSION_TYPES) else str(compression),
             backing_name=self.backing_name(header, backing_off, backing_nbytes) if backing_off else None,
             backing_format=found.backing_format,
             data_file_name=found.data_file_name,
@@ -263,7 +257,22 @@ class _Parser:
             bitmaps=found.bitmaps,
             crypto=found.crypto,
             unknown_extensions=tuple(found.unknown),
+            unsupported=unsupported,
         )
+
+    def unsupported(self, incompatible: int, compression: int, crypt_method: int, features: list[Feature]) -> str | None:
+        unknown = incompatible & ~KNOWN_INCOMPATIBLE
+        if unknown:
+            names = {f.bit: f.name for f in features if f.kind == 0}
+            listed = ", ".join(names.get(bit) or f"bit {bit}" for bit in range(64) if unknown >> bit & 1)
+            return f"the image needs features that are not known: {listed}"
+        if compression >= len(COMPRESSION_TYPES):
+            return f"the compression type {compression} is not known"
+        if crypt_method > 2:
+            return f"the encryption method {crypt_method} is not known"
+        if crypt_method:
+            return "encrypted images are not supported yet"
+        return None
 
     def check_size(self, size: int, cluster_bits: int, extended_l2: bool, l1_entries: int) -> None:
         if size > (1 << 63) - 1:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastqcow import _reader
-from fastqcow.chain import Layer, Options, open_chain, open_view
+from fastqcow.chain import Layer, Options, make_options, open_chain, open_view
 from fastqcow.describe import layer_info
 from fastqcow.diskfile import DiskFile, Extent
 from fastqcow.snapshots import SnapshotEntry, check, find, read_table
@@ -19,8 +17,6 @@ if TYPE_CHECKING:
     from fastqcow.policy import Rule
 
 __all__ = ["Extent", "Image", "Snapshot", "VmState", "open", "open_raw"]
-
-CACHE_SIZE = 32 << 20
 
 
 class Image(DiskFile):
@@ -119,37 +115,6 @@ class VmState(DiskFile):
         size = start + entry.vm_state_size
         table = {"l1_off": entry.l1_off, "l1_entries": entry.l1_entries}
         super().__init__(open_view(image, options, size=size, with_backing=False, **table).reader, start)
-
-
-def available_cpus() -> int:
-    """CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1
-
-
-def make_options(
-    backing: Rule = None,
-    data_file: Rule = None,
-    threads: int | None = None,
-    cache_size: int | None = None,
-    engine: str | None = None,
-) -> Options:
-    """Check and fill in the options of `open`."""
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads is {threads}; at least one is needed")
-    if cache_size is not None and not 0 <= cache_size <= sys.maxsize:
-        raise ValueError(f"cache_size is {cache_size}; it is a number of bytes")
-    engine = engine or os.environ.get("FASTQCOW_ENGINE") or "libdeflate"
-    if engine not in ("libdeflate", "libz"):
-        raise ValueError(f"engine is {engine!r}; it can be 'libdeflate' or 'libz'")
-    return Options(
-        backing=backing,
-        data_file=data_file,
-        threads=min(threads or available_cpus(), 256),
-        cache_size=CACHE_SIZE if cache_size is None else cache_size,
-        engine="libz" if engine == "libz" else "libdeflate",
-    )
 
 
 def open(  # noqa: A001 - called as fastqcow.open

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from fastqcow.cli.common import Commands, add_image, add_output, size_text, snapshot_lines
-from fastqcow.describe import info
+from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of, size_text, snapshot_lines
+from fastqcow.describe import chain_info, info
 from fastqcow.errors import printable
 
 __all__ = ["add", "run"]
@@ -20,18 +20,20 @@ def add(commands: Commands) -> None:
         epilog="example: fastqcow info --output=json disk.qcow2",
     )
     add_image(parser)
+    parser.add_argument("--backing-chain", action="store_true", help="and its backing files, and theirs")
+    add_backing(parser)
     add_output(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = info(arguments.image)
+    chain = chain_info(arguments.image, backing_of(arguments)) if arguments.backing_chain else [info(arguments.image)]
     if arguments.output == "json":
         import json
 
-        print(json.dumps(found, indent=4))
+        print(json.dumps(chain if arguments.backing_chain else chain[0], indent=4))
     else:
-        print(human(found))
+        print("\n\n".join(human(found) for found in chain))
     return 0
 
 
@@ -44,7 +46,8 @@ def human(found: dict[str, Any]) -> str:
     ]
     if found.get("encrypted"):
         lines.append("encrypted: yes")
-    lines.append(f"cluster_size: {found['cluster-size']}")
+    if "cluster-size" in found:
+        lines.append(f"cluster_size: {found['cluster-size']}")
     if found["dirty-flag"]:
         lines.append("cleanly shut down: no")
     if "backing-filename" in found:
@@ -55,7 +58,10 @@ def human(found: dict[str, Any]) -> str:
         lines.append(f"backing file format: {found['backing-filename-format']}")
     if "snapshots" in found:
         lines += snapshot_lines(found["snapshots"])
-    lines.append("Format specific information:")
-    for name, value in found["format-specific"]["data"].items():
-        lines.append(f"    {name.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
+    if "format-specific" in found:
+        lines.append("Format specific information:")
+        for name, value in found["format-specific"]["data"].items():
+            lines.append(f"    {name.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
+    if "unreadable" in found:
+        lines.append(f"cannot be read: {found['unreadable']}")
     return "\n".join(printable(line) for line in lines)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
-from fastqcow.chain import Layer, open_chain
+from fastqcow.chain import Layer, make_options, open_chain
 from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of, size_argument
 from fastqcow.errors import printable
-from fastqcow.image import Extent, Image, make_options
+from fastqcow.image import Extent, Image
 
 __all__ = ["add", "run"]
 

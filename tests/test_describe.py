@@ -1,0 +1,83 @@
+"""info: of images that can be read, and of those that cannot. Its fields are compared with QEMU's in oracle/test_map_info.py."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+import fastqcow
+from conftest import Qemu
+from fastqcow.cli import main
+from images import build, patched
+
+GOOD = build([0, 0])
+
+
+def u64(offset: int, value: int) -> bytes:
+    return patched(GOOD, offset, value.to_bytes(8, "big"))
+
+
+UNREADABLE = {
+    "an unknown feature": (u64(72, 1 << 40), "bit 40"),
+    "an unknown compression type": (patched(u64(72, 8), 104, b"\7"), "compression type 7"),
+    "encryption": (patched(GOOD, 32, b"\0\0\0\2"), "encrypted"),
+    "unknown encryption": (patched(GOOD, 32, b"\0\0\0\5"), "encryption method 5"),
+    "a missing backing file": (build([0, 0], backing=("none.raw", "raw")), "No such file"),
+    "a backing file elsewhere": (build([0, 0], backing=("/etc/passwd", "raw")), "lies outside"),
+    "a data file without a name": (u64(72, 4), "data_file="),
+    "an L1 table beyond the end of the file": (u64(40, 99 << 16), "L1 table runs past"),
+}
+
+
+def test_readable() -> None:
+    assert "unreadable" not in fastqcow.info(io.BytesIO(GOOD))
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_unreadable(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image, reason = UNREADABLE[name]
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image)
+    found = fastqcow.info(path)
+    assert (found["format"], found["virtual-size"]) == ("qcow2", 2 * 65536)
+    assert reason in found["unreadable"]
+    with pytest.raises((fastqcow.Error, OSError)):
+        fastqcow.open(path)
+    assert main(["info", str(path)]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.startswith("cannot be read: ")
+    assert reason in last
+
+
+def test_backing_chain(qemu: Qemu, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base.raw").write_bytes(bytes(100_000))
+    qemu.img("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", tmp_path / "mid.qcow2", "1M")
+    top = tmp_path / "top.qcow2"
+    qemu.img("create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2", top, "2M")
+    theirs = json.loads(qemu.img("info", "--backing-chain", "--output=json", top).stdout)
+    assert main(["info", "--backing-chain", "--output=json", str(top)]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    assert ours == [{key: value for key, value in layer.items() if key != "children"} for layer in theirs]
+    assert main(["info", "--backing-chain", str(top)]) == 0
+    assert capsys.readouterr().out.count("image: ") == 3
+
+
+def test_backing_chain_by_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "base.raw").write_bytes(bytes(1000))
+    top = tmp_path / "inner" / "top.qcow2"
+    top.write_bytes(build([0], backing=("../base.raw", "raw")))
+    assert main(["info", "--backing-chain", str(top)]) == 1
+    assert "follow" in capsys.readouterr().err
+    assert main(["info", "--backing-chain", "--backing=follow", str(top)]) == 0
+    assert "file format: raw" in capsys.readouterr().out
+
+
+def test_backing_chain_that_loops(tmp_path: Path) -> None:
+    path = tmp_path / "self.qcow2"
+    path.write_bytes(build([0], backing=("self.qcow2", "qcow2")))
+    assert "comes back" in fastqcow.info(path)["unreadable"]
+    assert main(["info", "--backing-chain", str(path)]) == 1
