@@ -5,6 +5,7 @@
 ...     boot_sector = image.pread(512, 0)
 """
 
+from fastqcow.bitmaps import BitmapEntry, Range
 from fastqcow.clusters import Engines, Kind, L2Table, build_info, inflate, inflate_into, parse_l2
 from fastqcow.comparison import Difference, checksum, compare
 from fastqcow.conversion import Conversion, convert
@@ -17,6 +18,7 @@ from fastqcow.snapshots import SnapshotEntry
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitmapEntry",
     "Conversion",
     "CorruptWarning",
     "Difference",
@@ -30,6 +32,7 @@ __all__ = [
     "L2Table",
     "PasswordError",
     "PolicyError",
+    "Range",
     "Snapshot",
     "SnapshotEntry",
     "UnsupportedError",

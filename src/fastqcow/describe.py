@@ -7,6 +7,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from fastqcow import header as h
+from fastqcow.bitmaps import BitmapEntry, read_directory
 from fastqcow.chain import DEPTH_MAX, make_options, open_chain
 from fastqcow.errors import CorruptWarning, Error, FormatError, PolicyError
 from fastqcow.header import Header
@@ -33,7 +34,7 @@ def info(source: Path | BinaryFile) -> dict[str, Any]:
     """
     opened = open_source(source)
     header = Header.read(opened.pread, opened.path)
-    found = layer_info(opened, header, read_table(opened.pread, header, opened.path))
+    found = _qcow2_info(opened, header)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", CorruptWarning)
@@ -61,7 +62,7 @@ def chain_info(source: Path | BinaryFile, rule: Rule = None) -> list[dict[str, A
             found.append(_raw_info(opened))
             break
         header = Header.read(opened.pread, opened.path)
-        found.append(layer_info(opened, header, read_table(opened.pread, header, opened.path)))
+        found.append(_qcow2_info(opened, header))
         fmt = header.backing_format
         opened, rule = open_backing(opened, header, rule)
     return found
@@ -77,7 +78,14 @@ def _raw_info(source: Source) -> dict[str, Any]:
     }
 
 
-def layer_info(source: Source, header: Header, snapshots: tuple[SnapshotEntry, ...]) -> dict[str, Any]:
+def _qcow2_info(source: Source, header: Header) -> dict[str, Any]:
+    snapshots = read_table(source.pread, header, source.path)
+    return layer_info(source, header, snapshots, read_directory(source.pread, header, source.path))
+
+
+def layer_info(
+    source: Source, header: Header, snapshots: tuple[SnapshotEntry, ...], bitmaps: tuple[BitmapEntry, ...]
+) -> dict[str, Any]:
     """The fields of qemu-img's ImageInfo (qapi/block-core.json)."""
     result: dict[str, Any] = {
         "virtual-size": header.disk_size,
@@ -85,7 +93,7 @@ def layer_info(source: Source, header: Header, snapshots: tuple[SnapshotEntry, .
         "cluster-size": header.cluster_size,
         "format": "qcow2",
         "actual-size": _actual_size(source),
-        "format-specific": {"type": "qcow2", "data": _format_specific(header)},
+        "format-specific": {"type": "qcow2", "data": _format_specific(header, bitmaps)},
         "dirty-flag": bool(header.incompatible & h.DIRTY),
     }
     if header.encrypted:
@@ -127,13 +135,17 @@ def _full_backing_name(image: Source, name: str) -> str:
         return name
 
 
-def _format_specific(header: Header) -> dict[str, Any]:
+def _format_specific(header: Header, bitmaps: tuple[BitmapEntry, ...]) -> dict[str, Any]:
     data: dict[str, Any] = {
         "compat": "1.1" if header.version == 3 else "0.10",
         "compression-type": header.compression_type,
     }
     if header.version == 3:
         data["lazy-refcounts"] = bool(header.compatible & h.LAZY_REFCOUNTS)
+    if bitmaps:
+        data["bitmaps"] = [
+            {"flags": ["in-use"] * b.in_use + ["auto"] * b.auto, "name": b.name, "granularity": b.granularity} for b in bitmaps
+        ]
     data["refcount-bits"] = 1 << header.refcount_order
     if header.has_data_file:
         data["data-file"] = header.data_file_name

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastqcow import _reader
+from fastqcow.bitmaps import BitmapEntry, Range, dirty_ranges, read_directory
 from fastqcow.chain import Layer, Options, make_options, open_chain, open_view
 from fastqcow.describe import layer_info
 from fastqcow.diskfile import DiskFile, Extent
@@ -12,6 +13,8 @@ from fastqcow.snapshots import SnapshotEntry, check, find, read_table
 from fastqcow.source import open_source
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastqcow._types import BinaryFile, Path
     from fastqcow.header import Header
     from fastqcow.policy import Rule
@@ -45,7 +48,7 @@ class Image(DiskFile):
 
     def info(self) -> dict[str, Any]:
         """What `qemu-img info --output=json` says, field for field."""
-        return layer_info(self._open_reader().source, self._header, self._snapshots)
+        return layer_info(self._open_reader().source, self._header, self._snapshots, self.bitmaps)
 
     @property
     def snapshots(self) -> tuple[SnapshotEntry, ...]:
@@ -67,6 +70,29 @@ class Image(DiskFile):
             raise KeyError(f"{self.name}: no snapshot has the id or name {name_or_id!r}")
         assert self._chain is not None
         return Snapshot(self._chain, self._options, entry)
+
+    @property
+    def bitmaps(self) -> tuple[BitmapEntry, ...]:
+        """The image's persistent dirty bitmaps.
+
+        Raises:
+            FormatError: their directory is damaged.
+        """
+        source = self._open_reader().source
+        return read_directory(source.pread, self._header, source.path)
+
+    def bitmap(self, name: str) -> Iterator[Range]:
+        """The ranges of the disk that a bitmap marks as written to, in order, as (start, length) in bytes.
+
+        Raises:
+            KeyError: there is no such bitmap.
+            FormatError: it was not saved when the image was last closed, or is damaged.
+        """
+        source = self._open_reader().source
+        for entry in self.bitmaps:
+            if entry.name == name:
+                return dirty_ranges(source.pread, entry, self._header, source.path)
+        raise KeyError(f"{self.name}: no bitmap has the name {name!r}")
 
     def stats(self) -> _reader.Stats:
         """Counts since the image was opened, over all layers.

@@ -18,7 +18,7 @@ from fastqcow.cli import main
 from images import mixed, text
 
 IMAGES = ["empty", "v2", "zlib", "zstd", "extended", "overlay", "short-base", "deep", "raw-holes", "wide-refcounts", "512"]
-IMAGES += ["snapshots", "data-file", "data-file-raw"]
+IMAGES += ["snapshots", "data-file", "data-file-raw", "bitmaps"]
 
 
 @pytest.fixture(scope="module", params=IMAGES)
@@ -70,6 +70,10 @@ def image(request: pytest.FixtureRequest, qemu: Qemu, tmp_path_factory: pytest.T
             for name in ("first", "second one", "a name that is longer than its column"):
                 qemu.img("snapshot", "-c", name, path)
                 qemu.io(path, "write 1M 64k")
+        case "bitmaps":
+            convert("cluster_size=64k")
+            qemu.img("bitmap", "--add", path, "one")
+            qemu.img("bitmap", "--add", "-g", "4k", "--disable", path, "another one")
         case "data-file":
             convert(f"data_file={folder}/data.raw")
             qemu.io(path, "write -z 64k 64k", "discard 256k 64k", "write 512k 64k")

@@ -26,7 +26,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     from fastqcow import __version__
-    from fastqcow.cli import checksum, compare, convert, info, snapshot
+    from fastqcow.cli import bitmap, checksum, compare, convert, info, snapshot
     from fastqcow.cli import map as map_
 
     parser = _Parser(
@@ -36,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastqcow {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, map_, convert, compare, checksum, snapshot):
+    for command in (info, map_, convert, compare, checksum, snapshot, bitmap):
         command.add(commands)
     return parser
 

@@ -61,7 +61,19 @@ def human(found: dict[str, Any]) -> str:
     if "format-specific" in found:
         lines.append("Format specific information:")
         for name, value in found["format-specific"]["data"].items():
-            lines.append(f"    {name.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
+            if name == "bitmaps":
+                lines += bitmap_lines(value)
+            else:
+                lines.append(f"    {name.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
     if "unreadable" in found:
         lines.append(f"cannot be read: {found['unreadable']}")
     return "\n".join(printable(line) for line in lines)
+
+
+def bitmap_lines(bitmaps: list[dict[str, Any]]) -> list[str]:
+    lines = ["    bitmaps:"]
+    for i, bitmap in enumerate(bitmaps):
+        flags = [f"                [{k}]: {flag}" for k, flag in enumerate(bitmap["flags"])]
+        lines += [f"        [{i}]:", "            flags:", *flags]
+        lines += [f"            name: {bitmap['name']}", f"            granularity: {bitmap['granularity']}"]
+    return lines
