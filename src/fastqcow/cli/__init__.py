@@ -7,6 +7,7 @@ A command's file has `add(subparsers)` and `run(arguments)`. Whatever goes wrong
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -16,6 +17,8 @@ from typing import NoReturn
 
 __all__ = ["main"]
 
+_COMMANDS = ("info", "map", "convert", "compare", "checksum", "snapshot", "bitmap")
+
 
 class _Parser(argparse.ArgumentParser):
     """qemu-img exits with 1 on a bad argument, argparse with 2."""
@@ -24,10 +27,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(1, f"{self.prog}: {message}; try '{self.prog} --help'\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Knows all commands, or if the first argument names one that alone: to load them all takes longer than some of them do."""
     from fastqcow import __version__
-    from fastqcow.cli import bitmap, checksum, compare, convert, info, snapshot
-    from fastqcow.cli import map as map_
 
     parser = _Parser(
         prog="fastqcow",
@@ -36,8 +38,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastqcow {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (info, map_, convert, compare, checksum, snapshot, bitmap):
-        command.add(commands)
+    for name in argv[:1] if argv[:1] and argv[0] in _COMMANDS else _COMMANDS:
+        importlib.import_module(f"fastqcow.cli.{name}").add(commands)
     return parser
 
 
@@ -54,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
     from fastqcow.errors import Error
 
-    arguments = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = _parser(argv).parse_args(argv)
     warnings.showwarning = _warn
     before = signal.signal(signal.SIGTERM, _stop)
     try:
