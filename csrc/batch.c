@@ -31,6 +31,7 @@ static fq_status fail_at(fq_error *error, fq_status status, const fq_run *run, u
 {
     fq_fail(error, status, run->guest_off + done, host_off, value);
     error->depth = run->depth;
+    error->in_data_file = run->kind == FQ_DATA && run->layer->data != run->layer->source;
     return status;
 }
 
@@ -101,6 +102,7 @@ static fq_status read_data(fq_job *job, const fq_run *run, uint64_t done, uint8_
     if (status != FQ_OK) {
         error->guest_off = run->guest_off + done + got;
         error->depth = run->depth;
+        error->in_data_file = layer->data != layer->source;
         return status;
     }
     fq_count(&layer->bytes_fetched, got);

@@ -62,8 +62,9 @@ const char *fq_status_sentence(fq_status status);
 /* Where it went wrong. A field that means nothing for the status is FQ_NOWHERE (or 0 for the errno). */
 typedef struct fq_error {
     fq_status status;
-    int sys_errno;  /* of FQ_ERR_READ and FQ_ERR_WRITE */
-    uint32_t depth; /* layer of the chain: 0 is the image itself */
+    int sys_errno;     /* of FQ_ERR_READ and FQ_ERR_WRITE */
+    uint32_t depth;    /* layer of the chain: 0 is the image itself */
+    bool in_data_file; /* host_off is a place in that layer's external data file */
     uint64_t guest_off;
     uint64_t host_off;
     uint64_t value; /* the table entry, or the number, that was wrong */

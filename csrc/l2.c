@@ -72,7 +72,11 @@ static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes
     if (l2_off == 0) {
         covered = ((l1_index + 1) << l1_shift) - guest_off;
         for (unsigned n = r->backing ? LOOK_AHEAD_OVER_BACKING : LOOK_AHEAD_L1; covered < nbytes && n > 0; n--) {
-            if (++l1_index < r->l1_entries && (r->l1[l1_index] & FQ_L1_OFFSET_MASK) != 0)
+            if (++l1_index >= r->l1_entries) { /* nothing comes after the table */
+                covered = nbytes;
+                break;
+            }
+            if ((r->l1[l1_index] & FQ_L1_OFFSET_MASK) != 0)
                 break;
             covered += UINT64_C(1) << l1_shift;
         }

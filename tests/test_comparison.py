@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,39 @@ def test_what_cannot_be_read_is_exit_code_2(
         said = capsys.readouterr()
         assert (said.out, said.err.count("\n")) == ("", 1)
         assert reason in said.err
+
+
+def test_errors_of_any_kind_are_exit_code_2_and_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """1 would say that the images differ."""
+    (tmp_path / "good").write_bytes(plain(DATA))
+    (tmp_path / "bad").write_bytes(build([0], backing=("x\x1b[31m\ny", "raw")))
+    assert main(["compare", str(tmp_path / "good"), str(tmp_path / "bad")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "\x1b" not in said
+    command = f"{sys.executable} -m fastqcow compare {tmp_path}/good {tmp_path}/good > /dev/full"
+    assert subprocess.run(command, shell=True, capture_output=True, check=False).returncode == 2
+    assert main(["checksum", "-a", "shake_128", str(tmp_path / "good")]) == 1
+    assert "no length" in capsys.readouterr().err
+
+
+def test_raw_file_that_ends_within_a_sector(qemu: Qemu, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
+    raw.write_bytes(DATA[:1000])
+    qemu.img("convert", "-f", "raw", "-O", "qcow2", raw, path)
+    theirs = qemu.img("compare", "-f", "raw", raw, path, check=False)
+    assert (main(["compare", "-f", "raw", str(raw), str(path)]), capsys.readouterr().out) == (theirs.returncode, theirs.stdout)
+    assert main(["checksum", str(raw)]) == 0
+    assert capsys.readouterr().out.split()[0] == hashlib.sha256(DATA[:1000]).hexdigest()
+
+
+def test_compare_by_rule(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "base.raw").write_bytes(DATA)
+    (tmp_path / "inner" / "top.qcow2").write_bytes(build([0], backing=("../base.raw", "raw")))
+    images = [str(tmp_path / "inner" / "top.qcow2"), str(tmp_path / "base.raw")]
+    assert main(["compare", *images]) == 2
+    assert main(["compare", "--backing=follow", *images]) == 0
 
 
 def test_difference(tmp_path: Path) -> None:

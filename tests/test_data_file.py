@@ -121,12 +121,22 @@ def test_bad_entries(qemu: Qemu, folder: Path, entry: int, reason: str, data_nby
     assert caught.value.value == entry
 
 
+def test_given_file_counts_for_the_image_alone(folder: Path) -> None:
+    write(folder, image_with("data.raw"))
+    (folder / "other.raw").write_bytes(bytes(4 * CLUSTER))
+    top = folder / "top.qcow2"
+    top.write_bytes(build([0] * 4, backing=("disk.qcow2", "qcow2")))
+    with fastqcow.open(top, data_file=folder / "other.raw") as image:
+        assert image.read() == CONTENTS
+
+
 def test_cut_data_file(folder: Path) -> None:
     (folder / "data.raw").write_bytes(DATA[: CLUSTER // 2])
     with fastqcow.open(write(folder, image_with("data.raw"))) as image:
         assert image.pread(CLUSTER, 0) == DATA[: CLUSTER // 2] + bytes(CLUSTER // 2)
-        with pytest.raises(fastqcow.FormatError, match="beyond the end"):
+        with pytest.raises(fastqcow.FormatError, match="beyond the end") as caught:
             image.pread(1, 2 * CLUSTER)
+        assert caught.value.path == str(folder / "data.raw")
 
 
 @pytest.mark.parametrize("raw", ["on", "off"])

@@ -52,6 +52,27 @@ def test_unreadable(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert reason in last
 
 
+def test_damaged_snapshot_table() -> None:
+    found = fastqcow.info(io.BytesIO(patched(GOOD, 60, (1).to_bytes(4, "big") + (99 << 16).to_bytes(8, "big"))))
+    assert "snapshot table" in found["unreadable"]
+
+
+def test_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "base.raw").write_bytes(bytes(1000))
+    top = tmp_path / "inner" / "top.qcow2"
+    top.write_bytes(build([0], backing=("../base.raw", "raw")))
+    assert "unreadable" in fastqcow.info(top)
+    assert "unreadable" not in fastqcow.info(top, backing="follow")
+    assert main(["info", "--backing=follow", str(top)]) == 0
+    assert "cannot be read" not in capsys.readouterr().out
+
+
+def test_it_does_not_warn() -> None:
+    """pytest would make a warning an error."""
+    assert fastqcow.info(io.BytesIO(u64(72, 2)))["format-specific"]["data"]["corrupt"]
+
+
 def test_backing_chain(qemu: Qemu, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "base.raw").write_bytes(bytes(100_000))
     qemu.img("create", "-q", "-f", "qcow2", "-b", "base.raw", "-F", "raw", tmp_path / "mid.qcow2", "1M")

@@ -293,8 +293,9 @@ def test_map_of_ranges(path: Path) -> None:
         assert whole[1] == fastqcow.Extent(4 * CLUSTER, CLUSTER, 0, True, True, False, False, None)
         assert list(image.map(4 * CLUSTER, CLUSTER)) == [whole[1]]
         assert list(image.map(image.size)) == list(image.map(1 << 60)) == list(image.map(5, 0)) == []
-        with pytest.raises(ValueError, match="before 0"):
-            image.map(-1)
+        for bad in ((-1,), (10, -5)):
+            with pytest.raises(ValueError, match="before 0"):
+                image.map(*bad)
 
 
 def test_map_longer_than_one_batch(tmp_path: Path) -> None:

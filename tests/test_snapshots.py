@@ -53,8 +53,8 @@ def opened(tmp_path: Path, image: bytes) -> fastqcow.Image:
 def test_entries(tmp_path: Path) -> None:
     with opened(tmp_path, image_with(entry(b"1", b"before", l1_off=L1), entry(b"22", b"", l1_off=L1, vm_state_size=9))) as image:
         assert image.snapshots == (
-            SnapshotEntry("1", "before", L1, 1, 2 * CLUSTER, 0, 1_700_000_000, 5, 7_000_000_009, None, b""),
-            SnapshotEntry("22", "", L1, 1, 2 * CLUSTER, 9, 1_700_000_000, 5, 7_000_000_009, None, b""),
+            SnapshotEntry("1", "before", L1, 1, 2 * CLUSTER, True, 0, 1_700_000_000, 5, 7_000_000_009, None, b""),
+            SnapshotEntry("22", "", L1, 1, 2 * CLUSTER, True, 9, 1_700_000_000, 5, 7_000_000_009, None, b""),
         )
 
 
@@ -177,6 +177,24 @@ def test_snapshots_are_what_qemu_goes_back_to(qemu: Qemu, history: Path, tmp_pat
                 assert snapshot.pread(5000, (1 << 20) - 2500) == (expected or b"")[(1 << 20) - 2500 :][:5000]
             assert fastqcow.convert(image.snapshot(entry.id), tmp_path / "out").virtual_size == len(expected or b"")
             assert (tmp_path / "out").read_bytes() == expected
+
+
+def test_snapshot_without_a_size_on_a_disk_that_grew(tmp_path: Path) -> None:
+    """What its L1 table does not cover was not there."""
+    image = image_with(entry(b"1", b"old", l1_off=L1, extra=b""))
+    image = patched(patched(image, 24, struct.pack(">Q", 600 << 20)), 36, struct.pack(">I", 2))
+    with opened(tmp_path, image) as disk, disk.snapshot("old") as snapshot:
+        assert snapshot.size == disk.size == 600 << 20
+        assert snapshot.pread(2 * CLUSTER, 0) == TEXT + PLAIN
+        assert snapshot.pread(10, 590 << 20) == bytes(10)
+
+
+def test_vm_state_that_claims_to_be_endless(tmp_path: Path) -> None:
+    """There is nothing behind the L1 table, and that is quickly said."""
+    endless = entry(b"1", b"x", l1_off=L1, extra=struct.pack(">QQ", 1 << 61, 2 * CLUSTER))
+    with opened(tmp_path, image_with(endless)) as disk, disk.snapshot("x") as snapshot:
+        extents = list(snapshot.vm_state.map())
+    assert [(e.start, e.length, e.present) for e in extents] == [(0, 1 << 61, False)]
 
 
 def test_vm_state(tmp_path: Path) -> None:

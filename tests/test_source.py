@@ -201,6 +201,20 @@ def test_two_images_on_one_file_object() -> None:
     assert found == [CONTENTS[2 * CLUSTER + i : 2 * CLUSTER + i + 2000] for i in range(100)]
 
 
+def test_opening_a_file_object_that_another_image_reads() -> None:
+    class Yielding(io.BytesIO):
+        def read(self, size: int | None = -1, /) -> bytes:
+            time.sleep(0.0003)
+            return super().read(size)
+
+    file = Yielding(IMAGE)
+    with fastqcow.open(file, cache_size=0) as image, ThreadPoolExecutor(1) as pool:
+        opening = pool.submit(lambda: [fastqcow.info(file) for _ in range(40)])
+        while not opening.done():
+            assert image.pread(100, 2 * CLUSTER + 7) == CONTENTS[2 * CLUSTER + 7 : 2 * CLUSTER + 107]
+        assert "unreadable" not in opening.result()[0]
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_fork_while_a_file_object_is_read() -> None:
     class Slow(io.BytesIO):

@@ -29,6 +29,7 @@ cdef extern from "fastqcow.h" nogil:
         fq_status status
         int sys_errno
         uint32_t depth
+        bint in_data_file
         uint64_t guest_off
         uint64_t host_off
         uint64_t value

@@ -91,7 +91,8 @@ cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, 
 
 
 cdef int check(fq_status status, const fq_error *error, Request request, list paths, target=None) except -1:
-    """Raise what a status stands for. `paths` names the layers of the chain by depth, `target` what was written."""
+    """Raise what a status stands for. `paths` names the layers of the chain by depth, each by its image and by the file of its data
+    clusters; `target` is what was written."""
     if request is not None and request.exception is not None:
         # It comes before what the core has to say: a Ctrl-C is not lost because some thread met damage at the same time, or because
         # another read came to the same bytes. And the request stays with its caller's frame, which the traceback holds: do not
@@ -112,7 +113,7 @@ cdef int check(fq_status status, const fq_error *error, Request request, list pa
         name,
         _core.fq_status_sentence(status).decode(),
         sys_errno=error.sys_errno,
-        path=target if status == _core.FQ_ERR_WRITE else paths[error.depth],
+        path=target if status == _core.FQ_ERR_WRITE else paths[error.depth][1 if error.in_data_file else 0],
         guest_off=place(error.guest_off),
         host_off=place(error.host_off),
         value=place(error.value),
@@ -172,7 +173,9 @@ cdef class Source:
         self.path = path
         self.has_path = has_path
         self.lock = locks.for_file(file)
-        self.c = _core.fq_source_callback(read_file, <void *>self, file.seek(0, os.SEEK_END))
+        with self.lock.lock:
+            size = file.seek(0, os.SEEK_END)
+        self.c = _core.fq_source_callback(read_file, <void *>self, size)
         if self.c == NULL:
             raise MemoryError
         return self
@@ -215,7 +218,7 @@ cdef class Source:
 
         with nogil:
             status = _core.fq_source_read(self.c, &request.c, buf, nbytes, host_off, &got, &error)
-        check(status, &error, request, [self.path])
+        check(status, &error, request, [(self.path, self.path)])
         return data if got == nbytes else data[:got]
 
 
@@ -244,7 +247,7 @@ cdef class Reader:
         self.data = data
         self.backing = backing
         self.size = size
-        self.paths = [source.path] + (backing.paths if backing is not None else [])
+        self.paths = [(source.path, data.path)] + (backing.paths if backing is not None else [])
         self.calls_python = source.file is not None or data.file is not None or (backing is not None and backing.calls_python)
         return self
 

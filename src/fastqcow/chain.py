@@ -97,8 +97,8 @@ class Layer:
     backing: Layer | None
 
 
-def open_chain(source: Path | BinaryFile, options: Options) -> Layer:
-    """Open an image and every file below it.
+def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True) -> Layer:
+    """Open an image and every file below it. `warn` of images that are marked as corrupt.
 
     Raises:
         FormatError, UnsupportedError: of any layer.
@@ -118,6 +118,8 @@ def open_chain(source: Path | BinaryFile, options: Options) -> Layer:
             raise FormatError(f"the backing chain is deeper than {DEPTH_MAX} files", path=opened.path)
         seen.add(identity)
         head = _read_header(opened, fmt)
+        if head and head.corrupt and warn:
+            warnings.warn(f"{printable(opened.path)}: the image is marked as corrupt", CorruptWarning, stacklevel=3)
         data, data_rule = open_data_file(opened, head, data_rule) if head else (None, None)
         files.append((opened, head, data))
         opened, rule = open_backing(opened, head, rule) if head else (None, None)
@@ -155,8 +157,6 @@ def _read_header(source: Source, fmt: str | None) -> Header | None:
     head = Header.read(source.pread, source.path)
     if head.unsupported:
         raise UnsupportedError(head.unsupported, path=source.path)
-    if head.corrupt:
-        warnings.warn(f"{printable(source.path)}: the image is marked as corrupt", CorruptWarning, stacklevel=4)
     return head
 
 

@@ -93,7 +93,7 @@ def checksum(disk: DiskFile, algorithm: str = "sha256", *, progress: Callable[[i
     """The digest of a disk's bytes, in hexadecimal: that of the raw file which it would convert to.
 
     Args:
-        algorithm: one that `hashlib` knows.
+        algorithm: one that `hashlib` knows, and whose digest has a fixed length.
 
     Raises:
         FormatError, OSError: the disk cannot be read.
@@ -104,6 +104,8 @@ def checksum(disk: DiskFile, algorithm: str = "sha256", *, progress: Callable[[i
     from concurrent.futures import ThreadPoolExecutor
 
     digest = hashlib.new(algorithm)
+    if digest.digest_size == 0:
+        raise ValueError(f"the digest {algorithm} has no length of its own")
     buffers = bytearray(PIECE), bytearray(PIECE)
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(digest.update, b"")

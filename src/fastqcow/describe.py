@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import warnings
 from typing import TYPE_CHECKING, Any
 
 from fastqcow import header as h
 from fastqcow.bitmaps import BitmapEntry, read_directory
 from fastqcow.chain import DEPTH_MAX, make_options, open_chain
-from fastqcow.errors import CorruptWarning, Error, FormatError, PolicyError
+from fastqcow.errors import Error, FormatError, PolicyError, explain
 from fastqcow.header import Header
 from fastqcow.policy import named_path, open_backing
 from fastqcow.snapshots import SnapshotEntry, read_table
@@ -23,10 +22,11 @@ if TYPE_CHECKING:
 __all__ = ["chain_info", "info", "layer_info"]
 
 
-def info(source: Path | BinaryFile) -> dict[str, Any]:
+def info(source: Path | BinaryFile, *, backing: Rule = None, data_file: Rule = None) -> dict[str, Any]:
     """What `qemu-img info --output=json` says of an image, without reading its contents.
 
-    This works for images that cannot be read, too: then "unreadable" says why.
+    This works for images that cannot be read, too: then "unreadable" says why. To know that, all of the image's files are opened, by
+    the rules that `fastqcow.open` has.
 
     Raises:
         FormatError, UnsupportedError: not a qcow2 image, a damaged header, or an unknown version.
@@ -34,13 +34,12 @@ def info(source: Path | BinaryFile) -> dict[str, Any]:
     """
     opened = open_source(source)
     header = Header.read(opened.pread, opened.path)
-    found = _qcow2_info(opened, header)
+    found = layer_info(opened, header, (), ())
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", CorruptWarning)
-            open_chain(source, make_options())
+        found = _qcow2_info(opened, header)
+        open_chain(source, make_options(backing, data_file), warn=False)
     except (Error, OSError) as e:
-        found["unreadable"] = str(e)
+        found["unreadable"] = explain(e)
     return found
 
 

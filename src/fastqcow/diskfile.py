@@ -165,7 +165,7 @@ class DiskFile(io.RawIOBase):
         """
         reader = self._open_reader()
         end = self.size if nbytes is None else min(guest_off + nbytes, self.size)
-        if guest_off < 0 or end < 0:
+        if guest_off < 0 or (nbytes or 0) < 0:
             raise ValueError("the range cannot start or end before 0")
         return _extents(reader, min(guest_off, end) + self._start, end + self._start, self._start)
 

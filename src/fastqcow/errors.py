@@ -60,6 +60,15 @@ class CorruptWarning(UserWarning):
     """The image is marked as corrupt. It is read as far as its tables make sense."""
 
 
+def explain(error: BaseException) -> str:
+    """What to tell a person of an error, without its type and without Python's quotes."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    return str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
+
+
 def printable(text: str) -> str:
     """The text in one line that does nothing to a terminal: names in it come from the image."""
     return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)

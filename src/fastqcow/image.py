@@ -47,7 +47,7 @@ class Image(DiskFile):
         super().close()
 
     def info(self) -> dict[str, Any]:
-        """What `qemu-img info --output=json` says, field for field."""
+        """What `qemu-img info --output=json` says of the image's file, field for field."""
         return layer_info(self._open_reader().source, self._header, self._snapshots, self.bitmaps)
 
     @property
@@ -182,7 +182,8 @@ def open(  # noqa: A001 - called as fastqcow.open
     return Image(open_chain(source, options), options)
 
 
-def open_raw(source: Path | BinaryFile) -> DiskFile:
-    """A raw file as a disk: what it takes to treat one and an image alike."""
+def open_raw(source: Path | BinaryFile, *, whole_sectors: bool = False) -> DiskFile:
+    """A raw file as a disk: what it takes to treat one and an image alike. QEMU's disks have whole sectors."""
     opened = open_source(source)
-    return DiskFile(_reader.Reader.raw(opened, opened.size, **make_options().sizes(largest_cluster=0)))
+    size = opened.size + 511 & ~511 if whole_sectors else opened.size
+    return DiskFile(_reader.Reader.raw(opened, size, **make_options().sizes(largest_cluster=0)))

@@ -41,7 +41,7 @@ def open_backing(image: Source, header: Header, rule: Rule) -> tuple[Source | No
 def open_data_file(image: Source, header: Header, rule: Rule) -> tuple[Source | None, Rule]:
     """The external data file, None where there is none; and the rule for those of the backing files."""
     if not header.has_data_file:
-        return None, rule
+        return None, rule if rule == "follow" or callable(rule) else None
     if header.data_file_name is None and (rule is None or rule == "follow" or callable(rule)):
         raise FormatError("the image has an external data file and does not name it; give it with data_file=", path=image.path)
     found, below = _open(image, header.data_file_name or "", "raw", rule, "data file", "data_file")
@@ -72,7 +72,7 @@ def _open_named(image: Source, name: str, what: str, option: str, *, follow: boo
     if not image.has_path or os.path.commonpath((directory, real)) != directory:
         raise PolicyError(
             f"the {what} {path!r} lies outside of the image's directory, and is not opened; "
-            f"allow it with {option}='follow', or give the file with {option}=",
+            f"allow it with {option}='follow' (--{option.replace('_', '-')}=follow), or give the file with {option}=",
             path=image.path,
         )
     return open_path(path, real)

@@ -27,7 +27,8 @@ class SnapshotEntry:
     Attributes:
         id, name: as `qemu-img snapshot -l` lists them.
         l1_off, l1_entries: of the snapshot's own L1 table.
-        disk_size: bytes that the disk had.
+        disk_size: bytes that the disk had; where that was not stored, as of QEMU before 1.1, those that it has now.
+        has_disk_size: whether it was stored.
         vm_state_size: bytes of the saved state of the machine, 0 if it was not saved.
         date_sec, date_nsec: when it was taken, since 1970 in UTC.
         vm_clock_nsec: how long the machine had run.
@@ -40,6 +41,7 @@ class SnapshotEntry:
     l1_off: int
     l1_entries: int
     disk_size: int
+    has_disk_size: bool
     vm_state_size: int
     date_sec: int
     date_nsec: int
@@ -91,6 +93,7 @@ def _read_entry(pread: Callable[[int, int], bytes], at: int, header: Header, pat
         l1_off=l1_off,
         l1_entries=l1_entries,
         disk_size=disk_size,
+        has_disk_size=extra_nbytes >= 16,
         vm_state_size=vm_state_size,
         date_sec=date_sec,
         date_nsec=date_nsec,
@@ -122,7 +125,7 @@ def check(entry: SnapshotEntry, header: Header, path: str) -> None:
         raise FormatError(f"the snapshot's L1 table is larger than {L1_NBYTES_MAX >> 20} MiB", path=path, value=entry.l1_entries)
     if entry.l1_off % header.cluster_size or entry.l1_off >= 1 << 63:
         raise FormatError("the snapshot's L1 table is not aligned to a cluster, or beyond any file", path=path, value=entry.l1_off)
-    if entry.l1_entries << header.l1_covers_bits < min(entry.disk_size, 1 << 63):
+    if entry.has_disk_size and entry.l1_entries << header.l1_covers_bits < entry.disk_size:
         raise FormatError("the snapshot's L1 table is too small for its disk", path=path, value=entry.l1_entries)
     if entry.disk_size + entry.vm_state_size >= 1 << 62:
         raise FormatError("the snapshot's disk or machine state is larger than any can be", path=path, value=entry.disk_size)

@@ -1,7 +1,7 @@
 """The command `fastqcow`: qemu-img's letters, JSON and exit codes.
 
-A command's file has `add(subparsers)` and `run(arguments)`. Whatever goes wrong ends in one line on standard error: exit code
-1 as of qemu-img, 130 after Ctrl-C and 143 after SIGTERM as of a shell.
+A command's file has `add(subparsers)` and `run(arguments)`, and may set `failure`, its exit code for errors. Whatever goes wrong
+ends in one line on standard error: exit code 1 as of qemu-img, 130 after Ctrl-C and 143 after SIGTERM as of a shell.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         epilog="example: fastqcow convert -p disk.qcow2 disk.raw",
     )
     parser.add_argument("--version", action="version", version=f"fastqcow {__version__}")
+    parser.set_defaults(failure=1)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in argv[:1] if argv[:1] and argv[0] in _COMMANDS else _COMMANDS:
         importlib.import_module(f"fastqcow.cli.{name}").add(commands)
@@ -54,7 +55,7 @@ def _warn(message: Warning | str, *_: object, **__: object) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code."""
-    from fastqcow.errors import Error
+    from fastqcow.errors import Error, explain
 
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser(argv).parse_args(argv)
@@ -69,20 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # Whoever read our output has gone; there is nobody to tell. Python would complain again when it closes standard output.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except (Error, OSError, ValueError, KeyError, MemoryError) as e:
-        return _complain(explain(e), 1)
+        return int(arguments.failure)
+    except (Error, OSError, ValueError, KeyError, MemoryError, Warning) as e:
+        return _complain(explain(e), arguments.failure)
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def explain(error: Exception) -> str:
-    """What to tell a person of an error, in one line."""
-    if isinstance(error, OSError) and error.filename:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}"
-    if isinstance(error, KeyError):  # no such snapshot; str() would put it in quotes
-        return str(error.args[0])
-    return str(error) or "not enough memory"
 
 
 def _complain(message: str, code: int) -> int:

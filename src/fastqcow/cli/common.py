@@ -72,8 +72,11 @@ def backing_of(arguments: argparse.Namespace) -> str | Literal[False] | None:
     return False if given == "none" else given
 
 
-def open_disk(path: str, fmt: str | None, **options: Any) -> DiskFile:
-    """Open an image of a format, or of the one that it looks like: qcow2 by its first bytes, raw if it looks like nothing else."""
+def open_disk(path: str, fmt: str | None, *, whole_sectors: bool = False, **options: Any) -> DiskFile:
+    """Open an image of a format, or of the one that it looks like: qcow2 by its first bytes, raw if it looks like nothing else.
+
+    whole_sectors: a raw file that ends within a sector of 512 bytes is followed by zeroes to its end, as for QEMU.
+    """
     if fmt is None:
         head = open_source(path).pread(24, 0)
         fmt = next(
@@ -82,7 +85,7 @@ def open_disk(path: str, fmt: str | None, **options: Any) -> DiskFile:
     if fmt == "qcow2":
         return open_image(path, **options)
     if fmt == "raw":
-        return open_raw(path)
+        return open_raw(path, whole_sectors=whole_sectors)
     raise UnsupportedError(f"the format {fmt} is not supported; qcow2 and raw are", path=path)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import sys
 
-from fastqcow.cli.common import FORMATS, Commands, bar, open_disk
-from fastqcow.errors import Error
+from fastqcow.cli.common import FORMATS, Commands, add_backing, backing_of, bar, open_disk
 
 __all__ = ["add", "run"]
 
@@ -28,7 +26,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("-p", dest="progress", action="store_true", help="show progress, if standard error is a terminal")
     parser.add_argument("-q", dest="quiet", action="store_true", help="say nothing but errors")
     parser.add_argument("-U", "--force-share", action="store_true", help="accepted for qemu-img's sake: images are never locked")
-    parser.set_defaults(run=run)
+    add_backing(parser)
+    parser.set_defaults(run=run, failure=2)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -38,20 +37,15 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.quiet:
             print(text)
 
-    try:
-        with (
-            open_disk(arguments.first, arguments.first_format) as first,
-            open_disk(arguments.second, arguments.second_format) as second,
-        ):
-            if first.size != second.size and not arguments.strict:
-                say("Warning: Image size mismatch!")
-            with bar(arguments.progress) as report:
-                found = compare(first, second, strict=arguments.strict, progress=report)
-    except (Error, OSError) as e:
-        from fastqcow.cli import explain
-
-        print(f"fastqcow: {explain(e)}", file=sys.stderr)
-        return 2
+    options = {"backing": backing_of(arguments), "data_file": arguments.data_file, "whole_sectors": True}
+    with (
+        open_disk(arguments.first, arguments.first_format, **options) as first,
+        open_disk(arguments.second, arguments.second_format, **options) as second,
+        bar(arguments.progress) as report,
+    ):
+        if first.size != second.size and not arguments.strict:
+            say("Warning: Image size mismatch!")
+        found = compare(first, second, strict=arguments.strict, progress=report)
     if found is None:
         say("Images are identical.")
         return 0

@@ -1,4 +1,4 @@
-"""`fastqcow info`: what an image is, from its header alone."""
+"""`fastqcow info`: what an image is, and whether it can be read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "info",
         help="say what an image is",
-        description="Say what an image is: its size, format, features and backing file. Its contents are not read.",
+        description="Say what an image is: its size, format, features and backing file, and if it can be read; not what is in it.",
         epilog="example: fastqcow info --output=json disk.qcow2",
     )
     add_image(parser)
@@ -27,7 +27,11 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    chain = chain_info(arguments.image, backing_of(arguments)) if arguments.backing_chain else [info(arguments.image)]
+    backing = backing_of(arguments)
+    if arguments.backing_chain:
+        chain = chain_info(arguments.image, backing)
+    else:
+        chain = [info(arguments.image, backing=backing, data_file=arguments.data_file)]
     if arguments.output == "json":
         import json
 
