@@ -25,8 +25,8 @@ __all__ = ["chain_info", "info", "layer_info"]
 def info(source: Path | BinaryFile, *, backing: Rule = None, data_file: Rule = None) -> dict[str, Any]:
     """What `qemu-img info --output=json` says of an image, without reading its contents.
 
-    This works for images that cannot be read, too: then "unreadable" says why. To know that, all of the image's files are opened, by
-    the rules that `fastqcow.open` has.
+    This works for images that cannot be read, too: then "unreadable" says why. To know that, all of its files are opened, by the
+    rules that `fastqcow.open` has.
 
     Raises:
         FormatError, UnsupportedError: not a qcow2 image, a damaged header, or an unknown version.
