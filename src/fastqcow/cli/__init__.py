@@ -44,6 +44,14 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     return parser
 
 
+def _settle_output() -> None:
+    """Output that cannot be written is dropped: Python would try once more at its end, complain, and exit with its own code."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _stop(signum: int, frame: object) -> NoReturn:
     raise SystemExit(128 + signum)
 
@@ -68,13 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted", 130)
     except BrokenPipeError:
-        # Whoever read our output has gone; there is nobody to tell. Python would complain again when it closes standard output.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return int(arguments.failure)
+        return int(arguments.failure)  # whoever read our output has gone; there is nobody to tell
     except (Error, OSError, ValueError, KeyError, MemoryError, Warning) as e:
         return _complain(explain(e), arguments.failure)
     finally:
         signal.signal(signal.SIGTERM, before)
+        _settle_output()
 
 
 def _complain(message: str, code: int) -> int:
