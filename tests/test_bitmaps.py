@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import struct
 import subprocess
 from pathlib import Path
@@ -141,7 +143,7 @@ def test_as_qemu_marks(qemu: Qemu, tmp_path: Path, granularity: str, capsys: pyt
         options = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:since backup"
         marked = [e for e in json.loads(qemu.img("map", "--output=json", "--image-opts", options).stdout) if not e["data"]]
     finally:
-        subprocess.run(["kill", pid.read_text().strip()], check=True)
+        os.kill(int(pid.read_text()), signal.SIGTERM)
     expected = [(e["start"], e["length"]) for e in marked]
     with fastqcow.open(path) as image:
         assert [b.name for b in image.bitmaps] == ["since backup"]
