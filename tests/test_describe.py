@@ -97,6 +97,21 @@ def test_backing_chain_by_rule(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "file format: raw" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("fmt", "reason"), [(None, "not guessed"), ("vmdk", "'vmdk'")])
+def test_backing_chain_of_other_formats(tmp_path: Path, fmt: str | None, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base").write_bytes(bytes(1000))
+    (tmp_path / "top.qcow2").write_bytes(build([0], backing=("base", fmt)))
+    assert main(["info", "--backing-chain", str(tmp_path / "top.qcow2")]) == 1
+    assert reason in capsys.readouterr().err
+
+
+def test_backing_chain_of_an_image_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base.qcow2").write_bytes(UNREADABLE["encryption"][0])
+    (tmp_path / "top.qcow2").write_bytes(build([0], backing=("base.qcow2", "qcow2")))
+    assert main(["info", "--backing-chain", "--output=json", str(tmp_path / "top.qcow2")]) == 0
+    assert [layer.get("encrypted") for layer in json.loads(capsys.readouterr().out)] == [None, True]
+
+
 def test_backing_chain_that_loops(tmp_path: Path) -> None:
     path = tmp_path / "self.qcow2"
     path.write_bytes(build([0], backing=("self.qcow2", "qcow2")))

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 import fastqcow
-from images import PAYLOAD, ZERO, build, compressed_entry, data_entry, deflate, mixed, noise, text
+from images import PAYLOAD, ZERO, build, compressed_entry, data_entry, deflate, mixed, noise, only_libdeflate_takes, text
 
 CLUSTER = 65536
 AT = PAYLOAD * CLUSTER
@@ -277,10 +277,19 @@ def test_bad_options(path: Path, options: Any) -> None:
         fastqcow.open(path, **options)
 
 
-def test_engine_by_environment(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_is_the_one_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stream that tells the engines apart; by option, and by environment where there is no option."""
+    stream, inflated = only_libdeflate_takes()
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(build([compressed_entry(PAYLOAD * 512, len(stream), 9)], stream, cluster_bits=9))
+    if fastqcow.build_info().libdeflate:
+        with fastqcow.open(path) as image:
+            assert image.read() == inflated
+    with fastqcow.open(path, engine="libz") as image, pytest.raises(fastqcow.FormatError):
+        image.read()
     monkeypatch.setenv("FASTQCOW_ENGINE", "libz")
-    with fastqcow.open(path) as image:
-        assert image.read() == CONTENTS
+    with fastqcow.open(path) as image, pytest.raises(fastqcow.FormatError):
+        image.read()
     monkeypatch.setenv("FASTQCOW_ENGINE", "nonsense")
     with pytest.raises(ValueError, match="nonsense"):
         fastqcow.open(path)

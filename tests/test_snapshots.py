@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import struct
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 import fastqcow
 from conftest import Qemu
+from fastqcow.cli import main
 from fastqcow.snapshots import SnapshotEntry
 from images import COPIED, PAYLOAD, build, compressed_entry, data_entry, deflate, noise, patched, text
 
@@ -136,9 +138,11 @@ def test_bad_snapshot_does_no_harm_to_the_disk(tmp_path: Path, bad: bytes, reaso
         (image_with(entry(b"1", b"x", l1_off=L1), count=65536), "more than 1024 bytes"),  # what lies behind the table is none
     ],
 )
-def test_bad_table(tmp_path: Path, image: bytes, reason: str) -> None:
+def test_bad_table(tmp_path: Path, image: bytes, reason: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(fastqcow.FormatError, match=reason):
         opened(tmp_path, image)
+    assert main(["snapshot", "-l", str(tmp_path / "disk.qcow2")]) == 1
+    assert re.search(reason, capsys.readouterr().err)
 
 
 @pytest.fixture(params=["raw", "compressed", "extended", "overlay", "512"])

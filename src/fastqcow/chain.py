@@ -20,10 +20,12 @@ from fastqcow.policy import open_backing, open_data_file
 from fastqcow.source import open_source
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastqcow._types import BinaryFile, Path
     from fastqcow.policy import Rule
 
-__all__ = ["Layer", "Options", "make_options", "open_chain", "open_view"]
+__all__ = ["Layer", "Options", "make_options", "open_chain", "open_view", "walk"]
 
 DEPTH_MAX = 200
 L1_NBYTES_MAX = 256 << 20  # of all layers together; each may have 32 MiB
@@ -106,24 +108,16 @@ def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True
         OSError: a layer's file cannot be opened or read.
     """
     files: list[tuple[Source, Header | None, Source | None]] = []
-    seen: set[object] = set()
-    opened: Source | None = open_source(source)
-    fmt: str | None = "qcow2"
-    rule, data_rule = options.backing, options.data_file
-    while opened is not None:
-        identity = opened.identity()
-        if identity in seen:
-            raise FormatError("the backing chain comes back to this file", path=opened.path)
-        if len(seen) == DEPTH_MAX:
-            raise FormatError(f"the backing chain is deeper than {DEPTH_MAX} files", path=opened.path)
-        seen.add(identity)
-        head = _read_header(opened, fmt)
-        if head and head.corrupt and warn:
-            warnings.warn(f"{printable(opened.path)}: the image is marked as corrupt", CorruptWarning, stacklevel=3)
-        data, data_rule = open_data_file(opened, head, data_rule) if head else (None, None)
+    data_rule = options.data_file
+    for opened, head in walk(source, options.backing):
+        data = None
+        if head:
+            if head.unsupported:
+                raise UnsupportedError(head.unsupported, path=opened.path)
+            if head.corrupt and warn:
+                warnings.warn(f"{printable(opened.path)}: the image is marked as corrupt", CorruptWarning, stacklevel=3)
+            data, data_rule = open_data_file(opened, head, data_rule)
         files.append((opened, head, data))
-        opened, rule = open_backing(opened, head, rule) if head else (None, None)
-        fmt = head.backing_format if head else None
     headers = [head for _, head, _ in files if head]
     if sum(head.l1_entries * 8 for head in headers) > L1_NBYTES_MAX:
         raise FormatError(f"the L1 tables of the backing chain are larger than {L1_NBYTES_MAX >> 20} MiB", path=files[0][0].path)
@@ -133,6 +127,32 @@ def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True
         layer = _open_layer(opened, head, data, layer, options, largest)
     assert layer is not None
     return layer
+
+
+def walk(source: Path | BinaryFile, rule: Rule) -> Iterator[tuple[Source, Header | None]]:
+    """The files of a chain from the top down, with their headers, None for a raw file. The next one is opened when it is asked for.
+
+    Raises:
+        FormatError: a damaged header, a chain that comes back or is too deep, or a backing file whose format is not said.
+        UnsupportedError: a backing file of another format.
+        PolicyError, OSError: a backing file is not, or cannot be, opened.
+    """
+    seen: set[object] = set()
+    opened: Source | None = open_source(source)
+    fmt: str | None = "qcow2"
+    while opened is not None:
+        identity = opened.identity()
+        if identity in seen:
+            raise FormatError("the backing chain comes back to this file", path=opened.path)
+        if len(seen) == DEPTH_MAX:
+            raise FormatError(f"the backing chain is deeper than {DEPTH_MAX} files", path=opened.path)
+        seen.add(identity)
+        head = _read_header(opened, fmt)
+        yield opened, head
+        if head is None:
+            return
+        fmt = head.backing_format
+        opened, rule = open_backing(opened, head, rule)
 
 
 def open_view(image: Layer, options: Options, *, size: int, l1_off: int, l1_entries: int, with_backing: bool) -> Layer:
@@ -154,10 +174,7 @@ def _read_header(source: Source, fmt: str | None) -> Header | None:
         )
     if fmt not in (None, "qcow2"):
         raise UnsupportedError(f"the format {fmt!r} of this backing file is not supported; raw and qcow2 are", path=source.path)
-    head = Header.read(source.pread, source.path)
-    if head.unsupported:
-        raise UnsupportedError(head.unsupported, path=source.path)
-    return head
+    return Header.read(source.pread, source.path)
 
 
 def _open_layer(

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastqcow import header as h
 from fastqcow.bitmaps import BitmapEntry, read_directory
-from fastqcow.chain import DEPTH_MAX, make_options, open_chain
-from fastqcow.errors import Error, FormatError, PolicyError, explain
+from fastqcow.chain import make_options, open_chain, walk
+from fastqcow.errors import Error, PolicyError, explain
 from fastqcow.header import Header
-from fastqcow.policy import named_path, open_backing
+from fastqcow.policy import named_path
 from fastqcow.snapshots import SnapshotEntry, read_table
 from fastqcow.source import open_source
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastqcow._types import BinaryFile, Path
     from fastqcow.policy import Rule
 
-__all__ = ["chain_info", "info", "layer_info"]
+__all__ = ["chain_info", "info", "layer_info", "snapshots_info"]
 
 
 def info(source: Path | BinaryFile, *, backing: Rule = None, data_file: Rule = None) -> dict[str, Any]:
@@ -49,22 +49,18 @@ def chain_info(source: Path | BinaryFile, rule: Rule = None) -> list[dict[str, A
     Raises:
         FormatError, UnsupportedError, PolicyError, OSError: of any of the files.
     """
-    found = []
-    opened: Source | None = open_source(source)
-    fmt: str | None = "qcow2"
-    seen: set[object] = set()
-    while opened is not None:
-        if opened.identity() in seen or len(seen) == DEPTH_MAX:
-            raise FormatError("the backing chain comes back to this file, or does not end", path=opened.path)
-        seen.add(opened.identity())
-        if fmt == "raw":
-            found.append(_raw_info(opened))
-            break
-        header = Header.read(opened.pread, opened.path)
-        found.append(_qcow2_info(opened, header))
-        fmt = header.backing_format
-        opened, rule = open_backing(opened, header, rule)
-    return found
+    return [_qcow2_info(opened, header) if header else _raw_info(opened) for opened, header in walk(source, rule)]
+
+
+def snapshots_info(source: Path | BinaryFile) -> list[dict[str, Any]]:
+    """The entries of the snapshot table as `info` has them.
+
+    Raises:
+        FormatError, UnsupportedError, OSError: the header or the table cannot be read.
+    """
+    opened = open_source(source)
+    header = Header.read(opened.pread, opened.path)
+    return [_snapshot_info(entry) for entry in read_table(opened.pread, header, opened.path)]
 
 
 def _raw_info(source: Source) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fastqcow.cli.common import Commands, add_image, add_output, snapshot_lines
-from fastqcow.describe import info
+from fastqcow.describe import snapshots_info
 
 __all__ = ["add", "run"]
 
@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found = info(arguments.image).get("snapshots", [])
+    found = snapshots_info(arguments.image)
     if arguments.output == "json":
         import json
 
