@@ -63,7 +63,9 @@ def extensions() -> list[Extension]:
     return [
         extension("_l2", ["layout", "status"]),
         extension("_inflate", ["inflate", "scratch", "status"]),
-        extension("_reader", ["batch", "cache", "export", "inflate", "l2", "pool", "reader", "scratch", "source", "status"]),
+        extension(
+            "_reader", ["batch", "cache", "crypt", "export", "inflate", "l2", "pool", "reader", "scratch", "source", "status"]
+        ),
     ]
 
 

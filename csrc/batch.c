@@ -26,10 +26,11 @@ enum {
     BOUNCE_NBYTES = 256 << 10,
 };
 
-/* An error `done` bytes into a run. */
-static fq_status fail_at(fq_error *error, fq_status status, const fq_run *run, uint64_t done, uint64_t host_off, uint64_t value)
+/* An error at a guest offset within a run. */
+static fq_status fail_at(fq_error *error, fq_status status, const fq_run *run, uint64_t guest_off, uint64_t host_off,
+                         uint64_t value)
 {
-    fq_fail(error, status, run->guest_off + done, host_off, value);
+    fq_fail(error, status, guest_off, host_off, value);
     error->depth = run->depth;
     error->in_data_file = run->kind == FQ_DATA && run->layer->data != run->layer->source;
     return status;
@@ -37,7 +38,7 @@ static fq_status fail_at(fq_error *error, fq_status status, const fq_run *run, u
 
 static fq_status fail_in_run(fq_error *error, fq_status status, const fq_run *run, uint64_t host_off, uint64_t value)
 {
-    return fail_at(error, status, run, 0, host_off, value);
+    return fail_at(error, status, run, run->guest_off, host_off, value);
 }
 
 static bool is_whole(const fq_run *run)
@@ -92,15 +93,16 @@ static void scatter(const fq_dest *dest, uint64_t guest_off, const uint8_t *from
  * A data cluster that the end of the file cuts is followed by zeroes, as for QEMU, and so is the last sector of a raw file. One
  * that starts beyond the end is an error here, where QEMU gives zeroes: the file was cut, and the bytes are lost.
  */
-static fq_status read_data(fq_job *job, const fq_run *run, uint64_t done, uint8_t *to, size_t nbytes, fq_error *error)
+static fq_status read_data(fq_job *job, const fq_run *run, fq_scratch *scratch, uint64_t guest_off, uint8_t *to, size_t nbytes,
+                           fq_error *error)
 {
     fq_reader *layer = run->layer;
-    const uint64_t host_off = run->host_off + done;
+    const uint64_t host_off = run->host_off + (guest_off - run->guest_off);
     size_t got;
     fq_status status = fq_source_read(layer->data, job->request, to, nbytes, host_off, &got, error);
 
     if (status != FQ_OK) {
-        error->guest_off = run->guest_off + done + got;
+        error->guest_off = guest_off + got;
         error->depth = run->depth;
         error->in_data_file = layer->data != layer->source;
         return status;
@@ -112,39 +114,54 @@ static fq_status read_data(fq_job *job, const fq_run *run, uint64_t done, uint8_
 
         /* A file object that has lost its end since, or a file that grows at this moment: where it ends is not known. */
         if (host_off + got < size)
-            return fail_at(error, FQ_ERR_SHORT_READ, run, done + got, host_off + got, size);
+            return fail_at(error, FQ_ERR_SHORT_READ, run, guest_off + got, host_off + got, size);
         if (last >= size) {
             const uint64_t lost = first_lost > host_off ? first_lost : host_off;
 
-            return fail_at(error, FQ_ERR_CLUSTER_EOF, run, lost - run->host_off, lost & ~mask, size);
+            return fail_at(error, FQ_ERR_CLUSTER_EOF, run, guest_off + (lost - host_off), lost & ~mask, size);
         }
         memset(to + got, 0, nbytes - got);
+    }
+    if (layer->crypt.run) {
+        if (!fq_scratch_grow(&scratch->crypt, &scratch->crypt_capacity, FQ_CRYPT_WORK_NBYTES))
+            return fail_at(error, FQ_ERR_NOMEM, run, guest_off, FQ_NOWHERE, FQ_NOWHERE);
+        status = fq_crypt_decrypt(&layer->crypt, job->request ? job->request->user : NULL, to, nbytes,
+                                  (layer->crypt.by_guest_off ? guest_off : host_off) / FQ_SECTOR_NBYTES, scratch->crypt);
+        if (status != FQ_OK)
+            return fail_at(error, status, run, guest_off, host_off, FQ_NOWHERE);
     }
     return FQ_OK;
 }
 
+/* What is encrypted is read in whole sectors: guest and host offsets have the same place in theirs. */
 static fq_status fetch_data(fq_job *job, const fq_run *run, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {
-    for (uint64_t done = 0; done < run->nbytes;) {
-        uint64_t left = run->nbytes - done, n;
-        uint8_t *to = dest_at(dest, run->guest_off + done, &n);
-        const bool direct = n >= left || n >= BOUNCE_BELOW;
+    const size_t sector = run->layer->crypt.run ? FQ_SECTOR_NBYTES : 1;
+    const uint64_t end = run->guest_off + run->nbytes;
+
+    for (uint64_t at = run->guest_off, n; at < end; at += n) {
+        const size_t before = at % sector;
+        uint8_t *to = dest_at(dest, at, &n);
         fq_status status;
 
-        if (!direct) {
-            n = BOUNCE_NBYTES;
+        if (n > end - at)
+            n = end - at;
+        if ((n == end - at || n >= BOUNCE_BELOW) && before == 0 && n >= sector) {
+            n -= n % sector;
+            status = read_data(job, run, scratch, at, to, (size_t)n, error);
+        } else {
+            size_t span;
+
+            n = end - at < BOUNCE_NBYTES - before ? end - at : BOUNCE_NBYTES - before;
+            span = (before + (size_t)n + sector - 1) / sector * sector;
             if (!fq_scratch_grow(&scratch->out, &scratch->out_capacity, BOUNCE_NBYTES))
                 return fail_in_run(error, FQ_ERR_NOMEM, run, FQ_NOWHERE, FQ_NOWHERE);
-            to = scratch->out;
+            status = read_data(job, run, scratch, at - before, scratch->out, span, error);
+            if (status == FQ_OK)
+                scatter(dest, at, scratch->out + before, n);
         }
-        if (n > left)
-            n = left;
-        status = read_data(job, run, done, to, (size_t)n, error);
         if (status != FQ_OK)
             return status;
-        if (!direct)
-            scatter(dest, run->guest_off + done, to, n);
-        done += n;
     }
     return FQ_OK;
 }

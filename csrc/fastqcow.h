@@ -29,6 +29,7 @@
     X(FQ_ERR_READ, "the file could not be read")                                                              \
     X(FQ_ERR_WRITE, "the target could not be written")                                                        \
     X(FQ_ERR_SOURCE, "the file object failed to read")                                                        \
+    X(FQ_ERR_DECRYPT, "the data could not be decrypted")                                                      \
     X(FQ_ERR_SHORT_READ, "the file ended before the length that it has")                                      \
     X(FQ_ERR_CANCELLED, "the caller asked to stop")                                                           \
     X(FQ_ERR_L1_EOF, "the L1 table runs past the end of the file")                                            \
@@ -90,6 +91,41 @@ fq_status fq_inflate(fq_codec codec, const uint8_t *in, size_t in_nbytes, uint8_
 const char *fq_version_libdeflate(void);
 const char *fq_version_libz(void);
 const char *fq_version_libzstd(void);
+
+/* ---- Encryption (crypt.c) */
+
+enum { FQ_SECTOR_NBYTES = 512, FQ_CRYPT_PIECE_NBYTES = 64 << 10, FQ_CRYPT_WORK_NBYTES = FQ_CRYPT_PIECE_NBYTES / 32 * 33 };
+
+typedef enum fq_mode { FQ_MODE_ECB, FQ_MODE_CBC, FQ_MODE_CTR, FQ_MODE_XTS, FQ_MODE_COUNT } fq_mode;
+
+/* What a sector's initialisation vector is made of: its number in 32 or 64 bits, or that encrypted. */
+typedef enum fq_iv { FQ_IV_PLAIN, FQ_IV_PLAIN64, FQ_IV_ESSIV, FQ_IV_COUNT } fq_iv;
+
+/* Which cipher is asked for: a key and a direction. */
+typedef enum fq_cipher {
+    FQ_CIPHER_DATA,     /* decrypts with the key of the data */
+    FQ_CIPHER_COUNTERS, /* encrypts with the key of the data: CTR alone needs that */
+    FQ_CIPHER_TWEAKS,   /* encrypts with XTS' second key */
+    FQ_CIPHER_VECTORS,  /* encrypts with ESSIV's key */
+} fq_cipher;
+
+/*
+ * Runs nbytes of blocks through a cipher in place, each block for itself. Returns 0, or -1 for a failure that the callee has noted
+ * itself, in `user` as an fq_read_fn does. May be called from any thread, by several at once.
+ */
+typedef int (*fq_cipher_fn)(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks, size_t nbytes);
+
+typedef struct fq_crypt {
+    fq_mode mode;
+    fq_iv vectors;
+    uint32_t block_nbytes; /* of the cipher: 8 or 16 */
+    bool by_guest_off;     /* sectors are counted from the start of the disk, not of the file */
+    fq_cipher_fn run;      /* NULL: nothing is encrypted */
+    void *opaque;
+} fq_crypt;
+
+/* Decrypt whole sectors in place; `sector` is the number of the first. work: FQ_CRYPT_WORK_NBYTES of memory. */
+fq_status fq_crypt_decrypt(const fq_crypt *crypt, void *user, uint8_t *buf, size_t nbytes, uint64_t sector, uint8_t *work);
 
 /* ---- Tables (layout.h, l2.c) */
 
@@ -169,6 +205,7 @@ typedef struct fq_reader_options {
     size_t cluster_cache_nbytes; /* bound on inflated clusters kept, and ... */
     size_t table_cache_nbytes;   /* ... on L2 tables kept; a reader with a backing reader uses that one's caches */
     unsigned threads;            /* at most this many threads work on one call, the calling one included */
+    fq_crypt crypt;              /* of data clusters; compressed ones are not encrypted */
 } fq_reader_options;
 
 /*

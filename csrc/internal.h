@@ -37,7 +37,8 @@ typedef struct fq_scratch {
     uint8_t *in;     /* fetched bytes */
     uint8_t *out;    /* inflated or plain bytes on their way to several buffers */
     uint8_t *gather; /* a batch on its way to a descriptor */
-    size_t in_capacity, out_capacity, gather_capacity;
+    uint8_t *crypt;  /* working memory of decryption */
+    size_t in_capacity, out_capacity, gather_capacity, crypt_capacity;
 } fq_scratch;
 
 fq_scratch *fq_scratch_get(void); /* NULL without memory */
@@ -96,6 +97,7 @@ struct fq_reader {
     uint32_t owner;
     unsigned threads;
     fq_cache *tables, *clusters;
+    fq_crypt crypt;
     bool ordered; /* some source of the chain wants its reads in order */
     atomic_uint_fast64_t clusters_inflated, cache_hits, bytes_fetched, bytes_returned;
 };

@@ -197,7 +197,8 @@ fq_status fq_reader_map(fq_reader *reader, uint64_t guest_off, uint64_t end, fq_
         status = fq_resolve(reader, guest_off, end - guest_off, true, request, &run, error);
         if (status != FQ_OK)
             return status;
-        if (run.kind == FQ_COMPRESSED)
+        /* Where bytes lie that cannot be used there is nobody's concern. */
+        if (run.kind == FQ_COMPRESSED || run.layer->crypt.run)
             run.host_off = FQ_NOWHERE;
         if (last && last->kind == run.kind && last->depth == run.depth &&
             (run.host_off == FQ_NOWHERE || last->host_off + last->nbytes == run.host_off)) {

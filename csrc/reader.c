@@ -37,6 +37,7 @@ static fq_reader *new_reader(fq_source *source, fq_source *data, fq_reader *back
     r->geometry = o->geometry;
     r->size = o->size;
     r->threads = o->threads ? o->threads : 1;
+    r->crypt = o->crypt;
     r->ordered = fq_source_ordered(source) || fq_source_ordered(r->data) || (backing && backing->ordered);
     r->tables = shared ? fq_cache_ref(shared->tables) : fq_cache_new(o->table_cache_nbytes, FQ_TABLE_SLICE_NBYTES);
     r->clusters = shared ? fq_cache_ref(shared->clusters) : fq_cache_new(o->cluster_cache_nbytes, o->largest_cluster);

@@ -85,6 +85,7 @@ void fq_scratch_put(fq_scratch *s)
         free(s->in);
         free(s->out);
         free(s->gather);
+        free(s->crypt);
         free(s);
     }
 }

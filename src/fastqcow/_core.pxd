@@ -1,7 +1,7 @@
 # The declarations of csrc/fastqcow.h, where everything is documented. The contract of this boundary:
 #
 # * Everything here is called without the GIL, but for the *_new, *_free and *_close functions, which do not block.
-# * A callback given to the core (fq_read_fn, poll) takes the GIL itself, raises nothing, and leaves its exception in the object that
+# * A callback given to the core (fq_read_fn, fq_cipher_fn, poll) takes the GIL itself, raises nothing, and leaves its exception in the object that
 #   fq_request.user points to.
 # * Pointers given to the core stay valid until the call returns; sources and backing readers until the reader is closed. The objects
 #   of _reader.pyx hold references to see to that.
@@ -43,6 +43,39 @@ cdef extern from "fastqcow.h" nogil:
     const char *fq_version_libdeflate()
     const char *fq_version_libz()
     const char *fq_version_libzstd()
+
+    enum:
+        FQ_SECTOR_NBYTES
+        FQ_CRYPT_WORK_NBYTES
+
+    ctypedef enum fq_mode:
+        FQ_MODE_ECB
+        FQ_MODE_CBC
+        FQ_MODE_CTR
+        FQ_MODE_XTS
+
+    ctypedef enum fq_iv:
+        FQ_IV_PLAIN
+        FQ_IV_PLAIN64
+        FQ_IV_ESSIV
+
+    ctypedef enum fq_cipher:
+        FQ_CIPHER_DATA
+        FQ_CIPHER_COUNTERS
+        FQ_CIPHER_TWEAKS
+        FQ_CIPHER_VECTORS
+
+    ctypedef int (*fq_cipher_fn)(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks, size_t nbytes) noexcept
+
+    ctypedef struct fq_crypt:
+        fq_mode mode
+        fq_iv vectors
+        uint32_t block_nbytes
+        bint by_guest_off
+        fq_cipher_fn run
+        void *opaque
+
+    fq_status fq_crypt_decrypt(const fq_crypt *crypt, void *user, uint8_t *buf, size_t nbytes, uint64_t sector, uint8_t *work)
 
     ctypedef enum fq_kind:
         FQ_UNALLOCATED
@@ -92,6 +125,7 @@ cdef extern from "fastqcow.h" nogil:
         size_t cluster_cache_nbytes
         size_t table_cache_nbytes
         unsigned threads
+        fq_crypt crypt
 
     fq_status fq_reader_open_qcow2(fq_source *source, fq_source *data, fq_reader *backing, fq_reader *sibling,
                                    const fq_reader_options *options, const fq_request *request, fq_reader **out, fq_error *error)

@@ -30,6 +30,21 @@ class Source:
     def identity(self) -> object: ...
     def pread(self, nbytes: int, host_off: int) -> bytes: ...
 
+class Crypt:
+    def __init__(
+        self,
+        mode: str,
+        vectors: str,
+        block_nbytes: int,
+        *,
+        by_guest_off: bool,
+        data: Callable[[bytes], bytes],
+        counters: Callable[[bytes], bytes],
+        tweaks: Callable[[bytes], bytes] | None,
+        vector_keys: Callable[[bytes], bytes] | None,
+    ) -> None: ...
+    def decrypt(self, data: bytes, sector: int) -> bytes: ...
+
 class Reader:
     @property
     def source(self) -> Source: ...
@@ -49,6 +64,7 @@ class Reader:
         data: Source | None,
         backing: Reader | None,
         sibling: Reader | None,
+        crypt: Crypt | None,
         *,
         version: int,
         cluster_bits: int,

@@ -17,6 +17,8 @@ from posix.unistd cimport close
 
 from fastqcow cimport _core
 from fastqcow._core cimport (
+    fq_cipher,
+    fq_crypt,
     fq_error,
     fq_extent,
     fq_iovec,
@@ -222,6 +224,67 @@ cdef class Source:
         return data if got == nbytes else data[:got]
 
 
+cdef int run_cipher(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks, size_t nbytes) noexcept with gil:
+    crypt = <Crypt>opaque
+    try:
+        out = crypt.ciphers[<int>cipher](PyBytes_FromStringAndSize(<char *>blocks, nbytes))
+        if not isinstance(out, bytes) or <size_t>len(out) != nbytes:
+            raise ValueError("a cipher returned something else than as many bytes as it was given")
+        memcpy(blocks, PyBytes_AS_STRING(out), nbytes)
+    except BaseException as e:
+        if user != NULL:
+            note(<Request>user, e)
+        return -1
+    return 0
+
+
+cdef class Crypt:
+    """How sectors are decrypted. The functions run blocks through a cipher: bytes in, as many bytes out, from any thread.
+
+    mode: "ecb", "cbc", "ctr" or "xts"; vectors: "plain", "plain64" or "essiv"; by_guest_off: sectors are counted from the start of the
+    disk, not of the file; data: decrypts; counters: encrypts with the same key; tweaks: encrypts with the second key of XTS;
+    vector_keys: encrypts with the key of ESSIV.
+    """
+
+    cdef fq_crypt c
+    cdef dict ciphers
+
+    def __init__(self, str mode, str vectors, uint32_t block_nbytes, *, bint by_guest_off, data, counters, tweaks, vector_keys):
+        modes = {"ecb": _core.FQ_MODE_ECB, "cbc": _core.FQ_MODE_CBC, "ctr": _core.FQ_MODE_CTR, "xts": _core.FQ_MODE_XTS}
+        ivs = {"plain": _core.FQ_IV_PLAIN, "plain64": _core.FQ_IV_PLAIN64, "essiv": _core.FQ_IV_ESSIV}
+        self.c.mode = <_core.fq_mode><int>modes[mode]
+        self.c.vectors = <_core.fq_iv><int>ivs[vectors]
+        self.c.block_nbytes = block_nbytes
+        self.c.by_guest_off = by_guest_off
+        self.c.run = run_cipher
+        self.c.opaque = <void *>self
+        self.ciphers = {
+            <int>_core.FQ_CIPHER_DATA: data,
+            <int>_core.FQ_CIPHER_COUNTERS: counters,
+            <int>_core.FQ_CIPHER_TWEAKS: tweaks,
+            <int>_core.FQ_CIPHER_VECTORS: vector_keys,
+        }
+
+    def decrypt(self, bytes data, uint64_t sector):
+        """The plain text of whole sectors, of which the first has this number."""
+        cdef Request request = Request()
+        cdef fq_error error
+        cdef fq_status status
+        cdef size_t nbytes = len(data)
+        cdef bytes work = PyBytes_FromStringAndSize(NULL, _core.FQ_CRYPT_WORK_NBYTES)
+        cdef bytes out = PyBytes_FromStringAndSize(PyBytes_AS_STRING(data), nbytes)
+        cdef uint8_t *to = <uint8_t *>PyBytes_AS_STRING(out)
+        cdef uint8_t *scratch = <uint8_t *>PyBytes_AS_STRING(work)
+
+        error.depth = 0
+        error.in_data_file = False
+        error.guest_off = error.host_off = error.value = _core.FQ_NOWHERE
+        with nogil:
+            status = _core.fq_crypt_decrypt(&self.c, <void *>request, to, nbytes, sector, scratch)
+        check(status, &error, request, [(None, None)])
+        return out
+
+
 @cython.no_gc_clear  # C holds pointers into the source and the backing reader until the end
 cdef class Reader:
     """One layer of an image, with those below it: guest bytes by position."""
@@ -230,6 +293,7 @@ cdef class Reader:
     cdef readonly Source source
     cdef readonly Source data
     cdef readonly Reader backing
+    cdef Crypt crypt
     cdef readonly uint64_t size
     cdef list paths
     cdef bint calls_python
@@ -275,6 +339,7 @@ cdef class Reader:
         Source data,
         Reader backing,
         Reader sibling,
+        Crypt crypt,
         *,
         uint32_t version,
         uint32_t cluster_bits,
@@ -288,7 +353,8 @@ cdef class Reader:
         size_t cluster_cache_nbytes,
         size_t table_cache_nbytes,
     ):
-        """`data`: where the data clusters are, if not in the image's own file; `sibling`: a reader of the same file, to share caches."""
+        """`data`: where the data clusters are, if not in the image's own file; `sibling`: a reader of the same file, to share caches;
+        `crypt`: how data clusters are decrypted, if they are encrypted."""
         cdef Reader self = Reader.create(source, data or source, backing, size)
         cdef Request request = Request()
         cdef fq_reader *below = backing.c if backing is not None else NULL
@@ -311,6 +377,10 @@ cdef class Reader:
         options.largest_cluster = largest_cluster
         options.cluster_cache_nbytes = cluster_cache_nbytes
         options.table_cache_nbytes = table_cache_nbytes
+        if crypt is not None:
+            self.crypt = crypt
+            self.calls_python = True
+            options.crypt = crypt.c
         with nogil:
             status = _core.fq_reader_open_qcow2(source.c, outside, below, beside, &options, &request.c, &self.c, &error)
         check(status, &error, request, self.paths)

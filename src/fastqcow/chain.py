@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fastqcow import _inflate, header
-from fastqcow._reader import Reader, Source
+from fastqcow._reader import Crypt, Reader, Source
+from fastqcow.crypt import open_crypt
 from fastqcow.errors import CorruptWarning, FormatError, UnsupportedError, printable
 from fastqcow.header import Header
 from fastqcow.policy import open_backing, open_data_file
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastqcow._types import BinaryFile, Path
+    from fastqcow.crypt import Password
     from fastqcow.policy import Rule
 
 __all__ = ["Layer", "Options", "make_options", "open_chain", "open_view", "walk"]
@@ -39,6 +41,7 @@ class Options:
 
     backing: Rule
     data_file: Rule
+    password: Password
     threads: int
     cache_size: int
     engine: Literal["libdeflate", "libz"]
@@ -68,6 +71,7 @@ def available_cpus() -> int:
 def make_options(
     backing: Rule = None,
     data_file: Rule = None,
+    password: Password = None,
     threads: int | None = None,
     cache_size: int | None = None,
     engine: str | None = None,
@@ -83,6 +87,7 @@ def make_options(
     return Options(
         backing=backing,
         data_file=data_file,
+        password=password,
         threads=min(threads or available_cpus(), 256),
         cache_size=CACHE_SIZE if cache_size is None else cache_size,
         engine="libz" if engine == "libz" else "libdeflate",
@@ -96,6 +101,7 @@ class Layer:
     reader: Reader
     header: Header | None
     data: Source | None
+    crypt: Crypt | None
     backing: Layer | None
 
 
@@ -105,26 +111,28 @@ def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True
     Raises:
         FormatError, UnsupportedError: of any layer.
         PolicyError: a layer names a file that the rule does not allow.
+        PasswordError: a layer is encrypted, and the password is missing or wrong.
         OSError: a layer's file cannot be opened or read.
     """
-    files: list[tuple[Source, Header | None, Source | None]] = []
+    files: list[tuple[Source, Header | None, Source | None, Crypt | None]] = []
     data_rule = options.data_file
     for opened, head in walk(source, options.backing):
-        data = None
+        data = crypt = None
         if head:
             if head.unsupported:
                 raise UnsupportedError(head.unsupported, path=opened.path)
             if head.corrupt and warn:
                 warnings.warn(f"{printable(opened.path)}: the image is marked as corrupt", CorruptWarning, stacklevel=3)
             data, data_rule = open_data_file(opened, head, data_rule)
-        files.append((opened, head, data))
-    headers = [head for _, head, _ in files if head]
+            crypt = open_crypt(opened, head, options.password)
+        files.append((opened, head, data, crypt))
+    headers = [head for _, head, _, _ in files if head]
     if sum(head.l1_entries * 8 for head in headers) > L1_NBYTES_MAX:
         raise FormatError(f"the L1 tables of the backing chain are larger than {L1_NBYTES_MAX >> 20} MiB", path=files[0][0].path)
     largest = max(head.cluster_size for head in headers)
     layer = None
-    for opened, head, data in reversed(files):
-        layer = _open_layer(opened, head, data, layer, options, largest)
+    for opened, head, data, crypt in reversed(files):
+        layer = _open_layer(opened, head, data, crypt, layer, options, largest)
     assert layer is not None
     return layer
 
@@ -159,8 +167,9 @@ def open_view(image: Layer, options: Options, *, size: int, l1_off: int, l1_entr
     """The same file with another L1 table and size, as of a snapshot; it shares the caches. Bounds are the caller's to check."""
     head, below = image.header, image.backing if with_backing else None
     assert head is not None
-    reader = _open_reader(image.reader.source, head, image.data, below, image.reader, options, 0, size, l1_off, l1_entries)
-    return Layer(reader, head, image.data, below)
+    source, crypt = image.reader.source, image.crypt
+    reader = _open_reader(source, head, image.data, crypt, below, image.reader, options, 0, size, l1_off, l1_entries)
+    return Layer(reader, head, image.data, crypt, below)
 
 
 def _read_header(source: Source, fmt: str | None) -> Header | None:
@@ -178,18 +187,26 @@ def _read_header(source: Source, fmt: str | None) -> Header | None:
 
 
 def _open_layer(
-    source: Source, head: Header | None, data: Source | None, below: Layer | None, options: Options, largest_cluster: int
+    source: Source,
+    head: Header | None,
+    data: Source | None,
+    crypt: Crypt | None,
+    below: Layer | None,
+    options: Options,
+    largest_cluster: int,
 ) -> Layer:
     if head is None:
-        return Layer(Reader.raw(source, source.size + 511 & ~511, **options.sizes(largest_cluster)), None, None, None)
-    reader = _open_reader(source, head, data, below, None, options, largest_cluster, head.disk_size, head.l1_off, head.l1_entries)
-    return Layer(reader, head, data, below)
+        return Layer(Reader.raw(source, source.size + 511 & ~511, **options.sizes(largest_cluster)), None, None, None, None)
+    table = head.disk_size, head.l1_off, head.l1_entries
+    reader = _open_reader(source, head, data, crypt, below, None, options, largest_cluster, *table)
+    return Layer(reader, head, data, crypt, below)
 
 
 def _open_reader(
     source: Source,
     head: Header,
     data: Source | None,
+    crypt: Crypt | None,
     below: Layer | None,
     sibling: Reader | None,
     options: Options,
@@ -203,6 +220,7 @@ def _open_reader(
         data,
         below.reader if below else None,
         sibling,
+        crypt,
         version=head.version,
         cluster_bits=head.cluster_bits,
         extended_l2=head.extended_l2,

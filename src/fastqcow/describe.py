@@ -17,16 +17,18 @@ from fastqcow.source import open_source
 if TYPE_CHECKING:
     from fastqcow._reader import Source
     from fastqcow._types import BinaryFile, Path
+    from fastqcow.crypt import Password
+    from fastqcow.luks import LuksHeader
     from fastqcow.policy import Rule
 
 __all__ = ["chain_info", "info", "layer_info", "snapshots_info"]
 
 
-def info(source: Path | BinaryFile, *, backing: Rule = None, data_file: Rule = None) -> dict[str, Any]:
+def info(source: Path | BinaryFile, *, backing: Rule = None, data_file: Rule = None, password: Password = None) -> dict[str, Any]:
     """What `qemu-img info --output=json` says of an image, without reading its contents.
 
     This works for images that cannot be read, too: then "unreadable" says why. To know that, all of its files are opened, by the
-    rules that `fastqcow.open` has.
+    rules that `fastqcow.open` has, and the password is tried.
 
     Raises:
         FormatError, UnsupportedError: not a qcow2 image, a damaged header, or an unknown version.
@@ -34,10 +36,10 @@ def info(source: Path | BinaryFile, *, backing: Rule = None, data_file: Rule = N
     """
     opened = open_source(source)
     header = Header.read(opened.pread, opened.path)
-    found = layer_info(opened, header, (), ())
+    found = layer_info(opened, header, (), (), None)
     try:
         found = _qcow2_info(opened, header)
-        open_chain(source, make_options(backing, data_file), warn=False)
+        open_chain(source, make_options(backing, data_file, password), warn=False)
     except (Error, OSError) as e:
         found["unreadable"] = explain(e)
     return found
@@ -75,11 +77,29 @@ def _raw_info(source: Source) -> dict[str, Any]:
 
 def _qcow2_info(source: Source, header: Header) -> dict[str, Any]:
     snapshots = read_table(source.pread, header, source.path)
-    return layer_info(source, header, snapshots, read_directory(source.pread, header, source.path))
+    bitmaps = read_directory(source.pread, header, source.path)
+    return layer_info(source, header, snapshots, bitmaps, read_luks(source, header))
+
+
+def read_luks(source: Source, header: Header) -> LuksHeader | None:
+    """The LUKS header, if there is one.
+
+    Raises:
+        FormatError, UnsupportedError: it is damaged, or of a version or with a cipher that is not known.
+    """
+    if header.crypt_method != h.LUKS:
+        return None
+    from fastqcow.luks import LuksHeader
+
+    return LuksHeader.read(source.pread, header, source.path)
 
 
 def layer_info(
-    source: Source, header: Header, snapshots: tuple[SnapshotEntry, ...], bitmaps: tuple[BitmapEntry, ...]
+    source: Source,
+    header: Header,
+    snapshots: tuple[SnapshotEntry, ...],
+    bitmaps: tuple[BitmapEntry, ...],
+    luks: LuksHeader | None,
 ) -> dict[str, Any]:
     """The fields of qemu-img's ImageInfo (qapi/block-core.json)."""
     result: dict[str, Any] = {
@@ -88,7 +108,7 @@ def layer_info(
         "cluster-size": header.cluster_size,
         "format": "qcow2",
         "actual-size": _actual_size(source),
-        "format-specific": {"type": "qcow2", "data": _format_specific(header, bitmaps)},
+        "format-specific": {"type": "qcow2", "data": _format_specific(header, bitmaps, luks)},
         "dirty-flag": bool(header.incompatible & h.DIRTY),
     }
     if header.encrypted:
@@ -101,6 +121,27 @@ def layer_info(
         if header.backing_format is not None:
             result["backing-filename-format"] = header.backing_format
     return result
+
+
+def _luks_info(luks: LuksHeader) -> dict[str, Any]:
+    scheme = luks.scheme
+    found: dict[str, Any] = {"ivgen-alg": scheme.vectors}
+    if scheme.vectors == "essiv":
+        found["ivgen-hash-alg"] = scheme.vectors_hash
+    found |= {
+        "hash-alg": luks.hash,
+        "cipher-alg": luks.cipher_name,
+        "uuid": luks.uuid,
+        "format": "luks",
+        "cipher-mode": scheme.mode,
+    }
+    found["slots"] = [
+        {"active": True, "iters": slot.iterations, "key-offset": slot.key_off, "stripes": slot.stripes}
+        if slot.active
+        else {"active": False, "key-offset": slot.key_off}
+        for slot in luks.slots
+    ]
+    return found | {"payload-offset": luks.payload_off, "master-key-iters": luks.key_iterations}
 
 
 def _snapshot_info(entry: SnapshotEntry) -> dict[str, Any]:
@@ -130,7 +171,7 @@ def _full_backing_name(image: Source, name: str) -> str:
         return name
 
 
-def _format_specific(header: Header, bitmaps: tuple[BitmapEntry, ...]) -> dict[str, Any]:
+def _format_specific(header: Header, bitmaps: tuple[BitmapEntry, ...], luks: LuksHeader | None) -> dict[str, Any]:
     data: dict[str, Any] = {
         "compat": "1.1" if header.version == 3 else "0.10",
         "compression-type": header.compression_type,
@@ -142,6 +183,10 @@ def _format_specific(header: Header, bitmaps: tuple[BitmapEntry, ...]) -> dict[s
             {"flags": ["in-use"] * b.in_use + ["auto"] * b.auto, "name": b.name, "granularity": b.granularity} for b in bitmaps
         ]
     data["refcount-bits"] = 1 << header.refcount_order
+    if luks:
+        data["encrypt"] = _luks_info(luks)
+    elif header.crypt_method == h.AES:
+        data["encrypt"] = {"format": "aes"}
     if header.has_data_file:
         data["data-file"] = header.data_file_name
         data["data-file-raw"] = bool(header.autoclear & h.DATA_FILE_RAW)

@@ -34,6 +34,7 @@ LAZY_REFCOUNTS = 1 << 0
 DATA_FILE_RAW = 1 << 1
 
 COMPRESSION_TYPES = ("zlib", "zstd")
+AES, LUKS = 1, 2  # crypt_method
 
 EXT_END = 0
 EXT_BACKING_FORMAT = 0xE2792ACA
@@ -217,6 +218,10 @@ class _Parser:
         header = self.pread(cluster_size, 0)
         found = self.extensions(header, header_nbytes, extensions_end)
         unsupported = self.unsupported(incompatible, compression, crypt_method, found.features)
+        if (found.crypto is not None) != (crypt_method == LUKS):
+            raise self.bad("LUKS encryption and a pointer to its header come together or not at all", 32, crypt_method)
+        if found.crypto and found.crypto.host_off % cluster_size:
+            raise self.bad("the encryption header is not aligned to a cluster", value=found.crypto.host_off)
         if bool(incompatible & COMPRESSION_TYPE) != bool(compression):
             raise self.bad("the compression type and its feature bit contradict each other", V3_NBYTES_MIN, compression)
         if incompatible & EXTENDED_L2 and cluster_bits < 14:
@@ -268,10 +273,8 @@ class _Parser:
             return f"the image needs features that are not known: {listed}"
         if compression >= len(COMPRESSION_TYPES):
             return f"the compression type {compression} is not known"
-        if crypt_method > 2:
+        if crypt_method > LUKS:
             return f"the encryption method {crypt_method} is not known"
-        if crypt_method:
-            return "encrypted images are not supported yet"
         return None
 
     def check_size(self, size: int, cluster_bits: int, extended_l2: bool, l1_entries: int) -> None:

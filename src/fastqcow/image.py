@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from fastqcow import _reader
 from fastqcow.bitmaps import BitmapEntry, Range, dirty_ranges, read_directory
 from fastqcow.chain import Layer, Options, make_options, open_chain, open_view
-from fastqcow.describe import layer_info
+from fastqcow.describe import layer_info, read_luks
 from fastqcow.diskfile import DiskFile, Extent
 from fastqcow.snapshots import SnapshotEntry, check, find, read_table
 from fastqcow.source import open_source
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from fastqcow._types import BinaryFile, Path
+    from fastqcow.crypt import Password
     from fastqcow.header import Header
     from fastqcow.policy import Rule
 
@@ -48,7 +49,8 @@ class Image(DiskFile):
 
     def info(self) -> dict[str, Any]:
         """What `qemu-img info --output=json` says of the image's file, field for field."""
-        return layer_info(self._open_reader().source, self._header, self._snapshots, self.bitmaps)
+        source = self._open_reader().source
+        return layer_info(source, self._header, self._snapshots, self.bitmaps, read_luks(source, self._header))
 
     @property
     def snapshots(self) -> tuple[SnapshotEntry, ...]:
@@ -148,6 +150,7 @@ def open(  # noqa: A001 - called as fastqcow.open
     *,
     backing: Rule = None,
     data_file: Rule = None,
+    password: Password = None,
     threads: int | None = None,
     cache_size: int | None = None,
     engine: Literal["libdeflate", "libz"] | None = None,
@@ -163,6 +166,8 @@ def open(  # noqa: A001 - called as fastqcow.open
             returns one of the others, or raises.
         data_file: the same for an external data file, without which there is nothing to read. A given file counts for the image
             itself, the other rules for its backing files too.
+        password: of an encrypted image, and of its encrypted backing files: text, which stands for UTF-8, or bytes of a key file.
+            A function: it is called with the path of each encrypted file, and returns its password.
         threads: at most so many threads work on one read, the calling one included; by default one for each CPU that the process
             may use.
         cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default.
@@ -173,12 +178,14 @@ def open(  # noqa: A001 - called as fastqcow.open
         FormatError: not a qcow2 image, or a damaged one.
         UnsupportedError: an image that needs a feature which fastqcow does not have.
         PolicyError: the image names a file that `backing` or `data_file` does not allow.
+        PasswordError: the image is encrypted, and the password is missing or wrong. (Nothing tells that the one of a legacy AES
+            encryption is wrong: then the bytes are.)
         OSError: a file cannot be opened or read.
 
     Warns:
         CorruptWarning: the image is marked as corrupt.
     """
-    options = make_options(backing, data_file, threads, cache_size, engine)
+    options = make_options(backing, data_file, password, threads, cache_size, engine)
     return Image(open_chain(source, options), options)
 
 
