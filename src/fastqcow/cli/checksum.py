@@ -15,13 +15,15 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "checksum",
         help="print the SHA-256 of an image's contents",
-        description="Print the digest of an image's contents, as sha256sum prints that of the raw file which it would convert to.",
+        description="Print the digest of an image's contents, as sha256sum prints that of the raw file which it would convert to; "
+        "or as blksum prints it, which takes less time where there are zeroes.",
         epilog="example: fastqcow checksum disk.qcow2",
     )
     parser.add_argument("image", metavar="IMAGE", help="the image, qcow2 or raw")
     parser.add_argument("-f", dest="source_format", metavar="FMT", choices=FORMATS, help="format of the image: qcow2 or raw")
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="an internal snapshot, by id or name, in place of the disk")
     parser.add_argument("-a", "--algorithm", default="sha256", help="another digest that Python's hashlib knows")
+    parser.add_argument("--blkhash", action="store_true", help="the digest that blksum prints, of digests of 64 KiB blocks")
     parser.add_argument("-p", dest="progress", action="store_true", help="show progress, if standard error is a terminal")
     add_backing(parser)
     add_output(parser)
@@ -31,22 +33,18 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from fastqcow.comparison import checksum
 
-    with (
-        open_disk(arguments.image, arguments.source_format, backing=backing_of(arguments), data_file=arguments.data_file) as image,
-        bar(arguments.progress) as report,
-    ):
+    # blksum reads through QEMU, for which a raw file ends with its last sector; sha256sum does not.
+    options = {"backing": backing_of(arguments), "data_file": arguments.data_file, "whole_sectors": arguments.blkhash}
+    with open_disk(arguments.image, arguments.source_format, **options) as image, bar(arguments.progress) as report:
         if arguments.snapshot is not None and not isinstance(image, Image):
             raise ValueError(f"{arguments.image}: a raw image has no snapshots")
         disk = image.snapshot(arguments.snapshot) if isinstance(image, Image) and arguments.snapshot is not None else image
-        digest, size = checksum(disk, arguments.algorithm, progress=report), disk.size
+        digest, size = checksum(disk, arguments.algorithm, blkhash=arguments.blkhash, progress=report), disk.size
     if arguments.output == "json":
         import json
 
-        print(
-            json.dumps(
-                {"filename": arguments.image, "virtual-size": size, "algorithm": arguments.algorithm, "digest": digest}, indent=4
-            )
-        )
+        found = {"filename": arguments.image, "virtual-size": size, "algorithm": arguments.algorithm, "blkhash": arguments.blkhash}
+        print(json.dumps({**found, "digest": digest}, indent=4))
     else:
         print(f"{digest}  {printable(arguments.image)}")
     return 0
