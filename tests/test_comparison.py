@@ -15,7 +15,6 @@ import pytest
 import fastqcow
 from conftest import Qemu
 from fastqcow.cli import main
-from fastqcow.image import open_raw
 from images import PAYLOAD, ZERO, build, compressed_entry, data_entry, deflate, mixed, noise, patched, text
 
 CLUSTER = 65536
@@ -218,7 +217,9 @@ def blkhash(data: bytes) -> str:
 def test_blkhash_known_answers(name: str) -> None:
     data, expected = BLKHASHES[name]
     seen: list[tuple[int, int]] = []
-    assert fastqcow.checksum(open_raw(io.BytesIO(data)), blkhash=True, progress=lambda *done: seen.append(done)) == expected
+    assert (
+        fastqcow.checksum(fastqcow.open_raw(io.BytesIO(data)), blkhash=True, progress=lambda *done: seen.append(done)) == expected
+    )
     assert blkhash(data) == expected
     assert seen == sorted(seen)
     assert not data or seen[-1] == (len(data), len(data))
@@ -237,7 +238,7 @@ def test_blkhash_known_answers(name: str) -> None:
     ],
 )
 def test_blkhash_of_other_digests(algorithm: str, expected: str) -> None:
-    assert fastqcow.checksum(open_raw(io.BytesIO(MIXED)), algorithm, blkhash=True) == expected
+    assert fastqcow.checksum(fastqcow.open_raw(io.BytesIO(MIXED)), algorithm, blkhash=True) == expected
 
 
 def test_blkhash_of_a_sparse_file(tmp_path: Path) -> None:
@@ -247,7 +248,7 @@ def test_blkhash_of_a_sparse_file(tmp_path: Path) -> None:
         f.write(shake(100))
         f.seek((40 << 20) - 1)
         f.write(b"\1")
-    with open_raw(tmp_path / "sparse") as disk:
+    with fastqcow.open_raw(tmp_path / "sparse") as disk:
         expected = "ec3907b198458a68755abcbdeeb89806560b3466130e4df64af17298aaae5b85"
         assert fastqcow.checksum(disk, blkhash=True) == expected
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -9,13 +10,16 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fastqcow
-from images import PAYLOAD, ZERO, build, compressed_entry, data_entry, deflate, noise, text
+from conftest import Qemu
+from fastqcow.cli import main
+from images import PAYLOAD, ZERO, build, compressed_entry, data_entry, deflate, mixed, noise, text
 
 CLUSTER = 65536
 AT = PAYLOAD * CLUSTER
@@ -221,20 +225,26 @@ def test_devices_are_written_in_place(path: Path) -> None:
     assert caught.value.filename == "/dev/full"
 
 
-def test_block_device(path: Path, tmp_path: Path) -> None:
-    """A loop device, where the machine lets one be made."""
-    disk = tmp_path / "device.img"
-    disk.write_bytes(b"\xaa" * (len(CONTENTS) + CLUSTER))
+@contextlib.contextmanager
+def loop_device(disk: Path) -> Iterator[str]:
+    """A block device, where the machine lets one be made."""
     made = subprocess.run(["losetup", "--find", "--show", disk], capture_output=True, text=True, check=False)
     if made.returncode != 0:
         pytest.skip(f"no loop devices here: {made.stderr.strip()}")
     device = made.stdout.strip()
     try:
+        yield device
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_block_device(path: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "device.img"
+    disk.write_bytes(b"\xaa" * (len(CONTENTS) + CLUSTER))
+    with loop_device(disk) as device:
         fastqcow.convert(path, device)
         assert stat.S_ISBLK(Path(device).stat().st_mode)
         assert Path(device).read_bytes() == CONTENTS + b"\xaa" * CLUSTER
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 def test_disk_without_room(path: Path, out: Path) -> None:
@@ -314,3 +324,75 @@ def test_empty_disk_of_8_tib(tmp_path: Path, out: Path) -> None:
     path.write_bytes(build([], size=8 << 40, cluster_bits=21, l1=[0] * 16))
     done = fastqcow.convert(path, out)
     assert (done.bytes_written, out.stat().st_size, out.stat().st_blocks) == (0, 8 << 40, 0)
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 511, 512, 70_001, (3 << 20) + 5])
+def test_raw_as_qemu_copies_it(qemu: Qemu, tmp_path: Path, out: Path, nbytes: int) -> None:
+    """A disk has whole sectors, for QEMU and for the command."""
+    raw, theirs = tmp_path / "disk.raw", tmp_path / "theirs.raw"
+    raw.write_bytes(mixed(nbytes))
+    qemu.img("convert", "-f", "raw", "-O", "raw", raw, theirs)
+    assert main(["convert", "-f", "raw", str(raw), str(out)]) == 0
+    assert out.read_bytes() == theirs.read_bytes()
+    assert out.stat().st_blocks <= theirs.stat().st_blocks + 8
+    with fastqcow.open_raw(raw) as disk:
+        done = fastqcow.convert(disk, out)
+    assert out.read_bytes() == raw.read_bytes()
+    assert (done.source, done.virtual_size, done.clusters_inflated) == (str(raw), nbytes, 0)
+
+
+def test_raw_holes_are_not_read(tmp_path: Path, out: Path) -> None:
+    raw = tmp_path / "disk.raw"
+    with raw.open("wb") as f:
+        f.truncate(1 << 40)
+        f.seek(700 << 30)
+        f.write(PLAIN)
+    assert main(["convert", "-f", "raw", str(raw), str(out)]) == 0
+    assert out.stat().st_size == 1 << 40
+    with out.open("rb") as f:
+        assert f.seek(0, os.SEEK_DATA) == 700 << 30
+        assert f.read(CLUSTER) == PLAIN
+
+
+def test_raw_that_looks_like_qcow2(qemu: Qemu, path: Path, tmp_path: Path, out: Path) -> None:
+    """Whoever writes to a raw disk can make it look like anything: said to be raw, it is."""
+    theirs = tmp_path / "theirs.raw"
+    qemu.img("convert", "-f", "raw", "-O", "raw", path, theirs)
+    assert main(["convert", "-f", "raw", str(path), str(out)]) == 0
+    assert out.read_bytes() == theirs.read_bytes() == IMAGE
+    fastqcow.convert(fastqcow.open_raw(io.BytesIO(IMAGE)), out)
+    assert out.read_bytes() == IMAGE
+
+
+def test_raw_is_not_its_own_target(path: Path) -> None:
+    with pytest.raises(ValueError, match="cannot be the target"):
+        fastqcow.convert(fastqcow.open_raw(path), path)
+    assert path.read_bytes() == IMAGE
+
+
+def test_raw_block_device(tmp_path: Path, out: Path) -> None:
+    disk = tmp_path / "device.img"
+    disk.write_bytes(CONTENTS)
+    with loop_device(disk) as device:
+        assert main(["convert", "-f", "raw", device, str(out)]) == 0
+    assert out.read_bytes() == CONTENTS
+
+
+def test_raw_has_to_be_said(tmp_path: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(PLAIN)
+    assert main(["convert", str(raw), str(out)]) == 1
+    assert capsys.readouterr().err == f"fastqcow: {raw}: not a qcow2 image; if this is a raw image, say so with -f raw\n"
+    with pytest.raises(fastqcow.FormatError, match="not a qcow2 image"):
+        fastqcow.convert(raw, out)
+    assert main(["convert", "-f", "raw", "-l", "before", str(raw), str(out)]) == 1
+    assert capsys.readouterr().err == f"fastqcow: {raw}: a raw image has no snapshots\n"
+    assert leftovers(out) == []
+
+
+def test_state_of_a_machine_is_no_disk(qemu: Qemu, tmp_path: Path, out: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    qemu.img("create", "-q", "-f", "qcow2", path, "1M")
+    qemu.img("snapshot", "-c", "before", path)
+    with fastqcow.open(path) as image, image.snapshot("before") as snapshot, pytest.raises(fastqcow.FormatError, match="empty"):
+        fastqcow.convert(snapshot.vm_state, out)

@@ -12,7 +12,7 @@ from fastqcow.conversion import Conversion, convert
 from fastqcow.describe import info
 from fastqcow.errors import CorruptWarning, Error, FormatError, PasswordError, PolicyError, UnsupportedError
 from fastqcow.header import Header
-from fastqcow.image import Extent, Image, Snapshot, open  # noqa: A004 - that is its name: fastqcow.open
+from fastqcow.image import Extent, Image, Snapshot, open, open_raw  # noqa: A004 - that is its name: fastqcow.open
 from fastqcow.snapshots import SnapshotEntry
 
 __version__ = "0.1.0"
@@ -44,5 +44,6 @@ __all__ = [
     "inflate_into",
     "info",
     "open",
+    "open_raw",
     "parse_l2",
 ]

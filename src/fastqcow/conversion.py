@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fastqcow.image import Image
+from fastqcow.diskfile import DiskFile
+from fastqcow.image import VmState
 from fastqcow.image import open as open_image
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Conversion:
 
 
 def convert(
-    src: Path | BinaryFile | Image,
+    src: Path | BinaryFile | DiskFile,
     dst: Path,
     *,
     format: str = "raw",  # noqa: A002 - the word everybody uses
@@ -52,7 +53,7 @@ def convert(
     """Write the contents of an image to a raw file or a block device.
 
     Args:
-        src: an image, or what `fastqcow.open` takes.
+        src: an open image, a snapshot, or a raw image of `fastqcow.open_raw`; or what `fastqcow.open` takes: no format is guessed.
         dst: the path to write. An existing file is replaced when everything is written; a block device is written in place.
         format: "raw".
         sparse_size: runs of zeroes of so many bytes (a multiple of 512) become holes; 0 allocates the whole target.
@@ -72,7 +73,11 @@ def convert(
     target = os.path.realpath(os.fsdecode(dst))
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        image = src if isinstance(src, Image) else stack.enter_context(open_image(src, threads=threads))
+        # A machine's state is not a disk, but a file like any other.
+        if isinstance(src, DiskFile) and not isinstance(src, VmState):
+            image = src
+        else:
+            image = stack.enter_context(open_image(src, threads=threads))
         reader = image._open_reader()
         if os.path.exists(target):
             _refuse_source(reader, target)

@@ -189,8 +189,17 @@ def open(  # noqa: A001 - called as fastqcow.open
     return Image(open_chain(source, options), options)
 
 
-def open_raw(source: Path | BinaryFile, *, whole_sectors: bool = False) -> DiskFile:
-    """A raw file as a disk: what it takes to treat one and an image alike. QEMU's disks have whole sectors."""
+def open_raw(source: Path | BinaryFile, *, whole_sectors: bool = False, threads: int | None = None) -> DiskFile:
+    """Open a raw image, a file or a block device, as a disk: to convert it, to compare it, to see where it has holes.
+
+    Args:
+        source: as for `open`.
+        whole_sectors: a file that ends within a sector of 512 bytes is followed by zeroes to the sector's end, as for QEMU.
+        threads: as for `open`.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
     opened = open_source(source)
     size = opened.size + 511 & ~511 if whole_sectors else opened.size
-    return DiskFile(_reader.Reader.raw(opened, size, **make_options().sizes(largest_cluster=0)))
+    return DiskFile(_reader.Reader.raw(opened, size, **make_options(threads=threads).sizes(largest_cluster=0)))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from fastqcow.cli.common import FORMATS, Commands, add_backing, add_output, backing_of, bar, open_disk
+from fastqcow.cli.common import FORMATS, Commands, add_backing, add_image, add_output, at_snapshot, backing_of, bar, open_disk
 from fastqcow.errors import printable
-from fastqcow.image import Image
 
 __all__ = ["add", "run"]
 
@@ -19,8 +18,7 @@ def add(commands: Commands) -> None:
         "or as blksum prints it, which takes less time where there are zeroes.",
         epilog="example: fastqcow checksum disk.qcow2",
     )
-    parser.add_argument("image", metavar="IMAGE", help="the image, qcow2 or raw")
-    parser.add_argument("-f", dest="source_format", metavar="FMT", choices=FORMATS, help="format of the image: qcow2 or raw")
+    add_image(parser, FORMATS)
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="an internal snapshot, by id or name, in place of the disk")
     parser.add_argument("-a", "--algorithm", default="sha256", help="another digest that Python's hashlib knows")
     parser.add_argument("--blkhash", action="store_true", help="the digest that blksum prints, of digests of 64 KiB blocks")
@@ -36,9 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     # blksum reads through QEMU, for which a raw file ends with its last sector; sha256sum does not.
     options = {"backing": backing_of(arguments), "data_file": arguments.data_file, "whole_sectors": arguments.blkhash}
     with open_disk(arguments.image, arguments.source_format, **options) as image, bar(arguments.progress) as report:
-        if arguments.snapshot is not None and not isinstance(image, Image):
-            raise ValueError(f"{arguments.image}: a raw image has no snapshots")
-        disk = image.snapshot(arguments.snapshot) if isinstance(image, Image) and arguments.snapshot is not None else image
+        disk = at_snapshot(image, arguments.snapshot)
         digest, size = checksum(disk, arguments.algorithm, blkhash=arguments.blkhash, progress=report), disk.size
     if arguments.output == "json":
         import json

@@ -6,13 +6,13 @@ import argparse
 import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from fastqcow.diskfile import DiskFile
-from fastqcow.errors import UnsupportedError, printable
+from fastqcow.errors import FormatError, UnsupportedError, printable
+from fastqcow.image import Image, open_raw
 from fastqcow.image import open as open_image
-from fastqcow.image import open_raw
 from fastqcow.source import open_source
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "add_backing",
     "add_image",
     "add_output",
+    "at_snapshot",
     "backing_of",
     "bar",
     "open_disk",
@@ -49,11 +50,10 @@ Commands = Any  # argparse keeps the type of add_subparsers() to itself
 _UNITS = "BKMGTPE"
 
 
-def add_image(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("image", metavar="IMAGE", help="the qcow2 image")
-    parser.add_argument(
-        "-f", dest="source_format", metavar="FMT", choices=["qcow2"], default="qcow2", help="format of the image: qcow2"
-    )
+def add_image(parser: argparse.ArgumentParser, formats: Sequence[str] = ("qcow2",)) -> None:
+    names = " or ".join(formats)
+    parser.add_argument("image", metavar="IMAGE", help=f"the image, {names}")
+    parser.add_argument("-f", dest="source_format", metavar="FMT", choices=formats, help=f"format of the image: {names}")
     parser.add_argument("-U", "--force-share", action="store_true", help="accepted for qemu-img's sake: images are never locked")
 
 
@@ -72,9 +72,12 @@ def backing_of(arguments: argparse.Namespace) -> str | Literal[False] | None:
     return False if given == "none" else given
 
 
-def open_disk(path: str, fmt: str | None, *, whole_sectors: bool = False, **options: Any) -> DiskFile:
+def open_disk(
+    path: str, fmt: str | None, *, guess_raw: bool = True, whole_sectors: bool = False, threads: int | None = None, **options: Any
+) -> DiskFile:
     """Open an image of a format, or of the one that it looks like: qcow2 by its first bytes, raw if it looks like nothing else.
 
+    guess_raw: if False, what looks like nothing else is refused: raw has to be said.
     whole_sectors: a raw file that ends within a sector of 512 bytes is followed by zeroes to its end, as for QEMU.
     """
     if fmt is None:
@@ -82,11 +85,23 @@ def open_disk(path: str, fmt: str | None, *, whole_sectors: bool = False, **opti
         fmt = next(
             (name for magic, name in _OTHERS.items() if head.startswith(magic)), "qcow2" if head[:4] == b"QFI\xfb" else "raw"
         )
+        if fmt == "raw" and not guess_raw:
+            what = "not a qcow2 image" if head else "the file is empty"
+            raise FormatError(f"{what}; if this is a raw image, say so with -f raw", path=path)
     if fmt == "qcow2":
-        return open_image(path, **options)
+        return open_image(path, threads=threads, **options)
     if fmt == "raw":
-        return open_raw(path, whole_sectors=whole_sectors)
+        return open_raw(path, whole_sectors=whole_sectors, threads=threads)
     raise UnsupportedError(f"the format {fmt} is not supported; qcow2 and raw are", path=path)
+
+
+def at_snapshot(disk: DiskFile, name_or_id: str | None) -> DiskFile:
+    """The disk as it was at a snapshot, if one is named."""
+    if name_or_id is None:
+        return disk
+    if not isinstance(disk, Image):
+        raise ValueError(f"{disk.name}: a raw image has no snapshots")
+    return disk.snapshot(name_or_id)
 
 
 def add_output(parser: argparse.ArgumentParser) -> None:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import argparse
 
-from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of, bar, size_argument
+from fastqcow.cli.common import (
+    FORMATS,
+    Commands,
+    add_backing,
+    add_image,
+    add_output,
+    at_snapshot,
+    backing_of,
+    bar,
+    open_disk,
+    size_argument,
+)
 from fastqcow.conversion import SPARSE_SIZE, convert
-from fastqcow.image import open as open_image
 
 __all__ = ["add", "run"]
 
@@ -16,10 +26,10 @@ def add(commands: Commands) -> None:
         "convert",
         help="write an image to a raw file or a block device",
         description="Write the contents of an image to a raw file or a block device, on all cores. A file appears under its name "
-        "when it is complete; a block device is written in place.",
+        "when it is complete; a block device is written in place. A raw image is copied with -f raw: that is not guessed.",
         epilog="example: fastqcow convert -p disk.qcow2 disk.raw",
     )
-    add_image(parser)
+    add_image(parser, FORMATS)
     parser.add_argument("target", metavar="OUTPUT", help="the file or block device to write")
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="an internal snapshot, by id or name, in place of the disk")
     add_backing(parser)
@@ -43,13 +53,13 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """A format is not guessed to be raw: a broken download would be copied, and called a disk."""
+    options = {"backing": backing_of(arguments), "data_file": arguments.data_file, "threads": arguments.threads}
     with (
-        open_image(
-            arguments.image, backing=backing_of(arguments), data_file=arguments.data_file, threads=arguments.threads
-        ) as image,
+        open_disk(arguments.image, arguments.source_format, guess_raw=False, whole_sectors=True, **options) as image,
         bar(arguments.progress) as report,
     ):
-        disk = image if arguments.snapshot is None else image.snapshot(arguments.snapshot)
+        disk = at_snapshot(image, arguments.snapshot)
         done = convert(disk, arguments.target, sparse_size=arguments.sparse_size, in_place=arguments.in_place, progress=report)
     if arguments.output == "json":
         import dataclasses
