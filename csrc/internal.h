@@ -172,6 +172,7 @@ struct fq_job {
     pthread_cond_t turn;
     bool fetching;         /* an ordered source is being read; the next one waits for its turn */
     uint64_t cursor;       /* the first byte that nobody has claimed */
+    fq_run rest;           /* what is known of the run there; nbytes 0: nothing */
     fq_error error;        /* the first one by guest offset */
     atomic_bool stop;      /* claim no more: what is claimed is finished, so that the lowest error is found */
     atomic_bool cancelled; /* not even that */

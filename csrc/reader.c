@@ -127,10 +127,22 @@ void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nb
     pthread_cond_init(&job->turn, NULL);
 }
 
+/* Leave what lies behind the first nbytes of a run to the next batch. */
+static void cut_run(fq_job *job, fq_run *run, uint64_t nbytes)
+{
+    job->rest = *run;
+    job->rest.guest_off += nbytes;
+    job->rest.nbytes -= nbytes;
+    if (run->kind == FQ_DATA)
+        job->rest.host_off += nbytes;
+    run->nbytes = nbytes;
+}
+
 /*
  * Plan the next batch. Called by one thread at a time. Compressed clusters are not cut, all other runs are cut where the batch is
  * full. A batch to be written is either all zeroes, and then longer, or has none. A run that cannot be planned ends the batch
- * before it; the next claim meets it first, and fails. (But a source that fails is not asked again.)
+ * before it; the next claim meets it first, and fails. (But a source that fails is not asked again.) A run is looked up once, in
+ * however many batches it ends: some file systems look for the next hole page by page.
  */
 static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
 {
@@ -139,22 +151,28 @@ static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
         fq_run *run = &b->runs[b->count];
         const uint64_t room = job->batch_nbytes - b->nbytes;
         fq_error at;
-        const fq_status status =
-            fq_resolve(job->reader, job->cursor, job->end - job->cursor, job->write != NULL, job->request, run, &at);
+        fq_status status = FQ_OK;
 
+        if (job->rest.nbytes > 0)
+            *run = job->rest;
+        else
+            status = fq_resolve(job->reader, job->cursor, job->end - job->cursor, job->write != NULL, job->request, run, &at);
+        job->rest.nbytes = 0;
         if (status != FQ_OK) {
             if (b->count > 0 && status != FQ_ERR_SOURCE)
                 return FQ_OK;
             *error = at;
             return status;
         }
-        if (job->write && b->count > 0 && fq_run_reads_zero(run) != fq_run_reads_zero(&b->runs[0]))
+        if (job->write && b->count > 0 && fq_run_reads_zero(run) != fq_run_reads_zero(&b->runs[0])) {
+            job->rest = *run;
             return FQ_OK;
+        }
         if (job->write && fq_run_reads_zero(run)) {
             if (!job->zeroes_are_free && run->nbytes > ZEROES_NBYTES_MAX)
-                run->nbytes = ZEROES_NBYTES_MAX;
+                cut_run(job, run, ZEROES_NBYTES_MAX);
         } else if (run->nbytes > room && run->kind != FQ_COMPRESSED) {
-            run->nbytes = room;
+            cut_run(job, run, room);
         }
         b->hit[b->count] = NULL;
         b->count++;
