@@ -124,6 +124,42 @@ def test_bad_images_end_in_one_line(
     assert not Path("out").exists()
 
 
+OTHERS = [
+    *["vmdk", "vdi", "vhdx", "vpc", "qed", "luks", "parallels", "qcow"],
+    *[
+        "vmdk subformat=monolithicFlat",
+        "vmdk subformat=streamOptimized",
+        "vmdk subformat=twoGbMaxExtentSparse",
+        "vhdx subformat=fixed",
+    ],
+]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_other_formats_are_refused_by_name(
+    qemu: Qemu, path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], other: str
+) -> None:
+    """And not taken for raw; that a file is raw can be said."""
+    fmt, *options = other.split()
+    image, out = tmp_path / "other", tmp_path / "out"
+    if fmt == "luks":
+        options = ["key-secret=key,iter-time=10"]
+    secret = ["--object", "secret,id=key,data=x"] if fmt == "luks" else []
+    made = qemu.img("create", "-q", *secret, "-f", fmt, *(word for o in options for word in ("-o", o)), image, "2M", check=False)
+    if made.returncode != 0:
+        pytest.skip(made.stderr.strip())
+    assert f"file format: {fmt}\n" in qemu.img("info", image).stdout
+    arguments = {"compare": [path, image], "checksum": [image], "convert": [image, out]}
+    for command, names in arguments.items():
+        assert main([command, *map(str, names)]) == (2 if command == "compare" else 1)
+        said = capsys.readouterr()
+        assert said.out == ""
+        assert said.err == f"fastqcow: {image}: the format {fmt} is not supported; qcow2 and raw are\n"
+    assert not out.exists()
+    assert main(["convert", "-f", "raw", str(image), str(out)]) == 0
+    assert out.read_bytes().rstrip(b"\0") == image.read_bytes().rstrip(b"\0")
+
+
 @pytest.mark.parametrize(
     "arguments", [[], ["nonsense"], ["convert", "x"], ["convert", "-S", "much", "a", "b"], ["convert", "-O", "vmdk", "a", "b"]]
 )

@@ -34,6 +34,7 @@ FORMATS = ["qcow2", "raw"]
 # What other formats start with: to be refused by name, and not to be taken for raw.
 _OTHERS = {
     b"KDMV": "vmdk",
+    b"COWD": "vmdk",
     b"# Disk DescriptorFile": "vmdk",
     b"vhdxfile": "vhdx",
     b"conectix": "vpc",
