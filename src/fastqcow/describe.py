@@ -125,16 +125,10 @@ def layer_info(
 
 def _luks_info(luks: LuksHeader) -> dict[str, Any]:
     scheme = luks.scheme
-    found: dict[str, Any] = {"ivgen-alg": scheme.vectors}
+    found: dict[str, Any] = {"ivgen-alg": scheme.vectors, "hash-alg": luks.hash, "cipher-alg": luks.cipher_name, "uuid": luks.uuid}
     if scheme.vectors == "essiv":
         found["ivgen-hash-alg"] = scheme.vectors_hash
-    found |= {
-        "hash-alg": luks.hash,
-        "cipher-alg": luks.cipher_name,
-        "uuid": luks.uuid,
-        "format": "luks",
-        "cipher-mode": scheme.mode,
-    }
+    found |= {"format": "luks", "cipher-mode": scheme.mode}
     found["slots"] = [
         {"active": True, "iters": slot.iterations, "key-offset": slot.key_off, "stripes": slot.stripes}
         if slot.active

@@ -91,7 +91,8 @@ class LuksHeader:
                 digest = self._derive(key, self.key_salt, self.key_iterations, len(self.key_digest))
                 if hmac.compare_digest(digest, self.key_digest):
                     return key
-        raise PasswordError("the password is wrong: it opens none of the key slots", path=self.path)
+        hint = ", and ends with a line break, which counts" if password.endswith(b"\n") else ""
+        raise PasswordError(f"the password is wrong: it opens none of the key slots{hint}", path=self.path)
 
     def _key_in(self, slot: KeySlot, pread: Callable[[int, int], bytes], password: bytes) -> bytes:
         """What the password makes of a slot's contents; whether that is the key its digest tells."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of
+from fastqcow.cli.common import Commands, add_image, add_opening, add_output, opening
 from fastqcow.errors import printable
 from fastqcow.image import open as open_image
 
@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     )
     add_image(parser)
     parser.add_argument("name", metavar="NAME", nargs="?", help="a bitmap, whose ranges to list")
-    add_backing(parser)
+    add_opening(parser)
     add_output(parser)
     parser.set_defaults(run=run)
 
@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     import json
 
-    with open_image(arguments.image, backing=backing_of(arguments), data_file=arguments.data_file) as image:
+    with open_image(arguments.image, **opening(arguments)) as image:
         if arguments.name is None:
             if arguments.output == "json":
                 listed = [{"name": b.name, "granularity": b.granularity, "in-use": b.in_use, "auto": b.auto} for b in image.bitmaps]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastqcow.cli.common import FORMATS, Commands, add_backing, add_image, add_output, at_snapshot, backing_of, bar, open_disk
+from fastqcow.cli.common import FORMATS, Commands, add_image, add_opening, add_output, at_snapshot, bar, open_disk, opening
 from fastqcow.errors import printable
 
 __all__ = ["add", "run"]
@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("-a", "--algorithm", default="sha256", help="another digest that Python's hashlib knows")
     parser.add_argument("--blkhash", action="store_true", help="the digest that blksum prints, of digests of 64 KiB blocks")
     parser.add_argument("-p", dest="progress", action="store_true", help="show progress, if standard error is a terminal")
-    add_backing(parser)
+    add_opening(parser)
     add_output(parser)
     parser.set_defaults(run=run)
 
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     from fastqcow.comparison import checksum
 
     # blksum reads through QEMU, for which a raw file ends with its last sector; sha256sum does not.
-    options = {"backing": backing_of(arguments), "data_file": arguments.data_file, "whole_sectors": arguments.blkhash}
+    options = {**opening(arguments), "whole_sectors": arguments.blkhash}
     with open_disk(arguments.image, arguments.source_format, **options) as image, bar(arguments.progress) as report:
         disk = at_snapshot(image, arguments.snapshot)
         digest, size = checksum(disk, arguments.algorithm, blkhash=arguments.blkhash, progress=report), disk.size

@@ -7,7 +7,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from fastqcow.diskfile import DiskFile
 from fastqcow.errors import FormatError, UnsupportedError, printable
@@ -18,19 +18,20 @@ from fastqcow.source import open_source
 __all__ = [
     "FORMATS",
     "Commands",
-    "add_backing",
     "add_image",
+    "add_opening",
     "add_output",
     "at_snapshot",
-    "backing_of",
     "bar",
     "open_disk",
+    "opening",
     "size_argument",
     "size_text",
     "snapshot_lines",
 ]
 
 FORMATS = ["qcow2", "raw"]
+PASSWORD_NBYTES_MAX = 8 << 20  # as much as cryptsetup takes
 # What other formats start with: to be refused by name, and not to be taken for raw.
 _OTHERS = {
     b"KDMV": "vmdk",
@@ -58,7 +59,7 @@ def add_image(parser: argparse.ArgumentParser, formats: Sequence[str] = ("qcow2"
     parser.add_argument("-U", "--force-share", action="store_true", help="accepted for qemu-img's sake: images are never locked")
 
 
-def add_backing(parser: argparse.ArgumentParser) -> None:
+def add_opening(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backing",
         metavar="PATH",
@@ -66,11 +67,27 @@ def add_backing(parser: argparse.ArgumentParser) -> None:
         "'none' to do without. By default it is opened if it lies in the image's directory or below",
     )
     parser.add_argument("--data-file", metavar="PATH", help="the same for an external data file")
+    parser.add_argument(
+        "--password-file",
+        metavar="PATH",
+        help="the password of an encrypted image: all that is in this file, a line break too, as for QEMU's secrets",
+    )
 
 
-def backing_of(arguments: argparse.Namespace) -> str | Literal[False] | None:
-    given: str | None = arguments.backing
-    return False if given == "none" else given
+def opening(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How to open an image and its other files, as keyword arguments of `fastqcow.open`."""
+    return {
+        "backing": False if arguments.backing == "none" else arguments.backing,
+        "data_file": arguments.data_file,
+        "password": _password(arguments.password_file),
+    }
+
+
+def _password(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    with open(path, "rb") as f:
+        return f.read(PASSWORD_NBYTES_MAX)
 
 
 def open_disk(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastqcow.cli.common import FORMATS, Commands, add_backing, backing_of, bar, open_disk
+from fastqcow.cli.common import FORMATS, Commands, add_opening, bar, open_disk, opening
 
 __all__ = ["add", "run"]
 
@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("-p", dest="progress", action="store_true", help="show progress, if standard error is a terminal")
     parser.add_argument("-q", dest="quiet", action="store_true", help="say nothing but errors")
     parser.add_argument("-U", "--force-share", action="store_true", help="accepted for qemu-img's sake: images are never locked")
-    add_backing(parser)
+    add_opening(parser)
     parser.set_defaults(run=run, failure=2)
 
 
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.quiet:
             print(text)
 
-    options = {"backing": backing_of(arguments), "data_file": arguments.data_file, "whole_sectors": True}
+    options = {**opening(arguments), "whole_sectors": True}
     with (
         open_disk(arguments.first, arguments.first_format, **options) as first,
         open_disk(arguments.second, arguments.second_format, **options) as second,

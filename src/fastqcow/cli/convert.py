@@ -7,13 +7,13 @@ import argparse
 from fastqcow.cli.common import (
     FORMATS,
     Commands,
-    add_backing,
     add_image,
+    add_opening,
     add_output,
     at_snapshot,
-    backing_of,
     bar,
     open_disk,
+    opening,
     size_argument,
 )
 from fastqcow.conversion import SPARSE_SIZE, convert
@@ -32,7 +32,7 @@ def add(commands: Commands) -> None:
     add_image(parser, FORMATS)
     parser.add_argument("target", metavar="OUTPUT", help="the file or block device to write")
     parser.add_argument("-l", dest="snapshot", metavar="SNAPSHOT", help="an internal snapshot, by id or name, in place of the disk")
-    add_backing(parser)
+    add_opening(parser)
     parser.add_argument("-O", dest="target_format", metavar="FMT", choices=["raw"], default="raw", help="format of the output: raw")
     parser.add_argument("-p", dest="progress", action="store_true", help="show progress, if standard error is a terminal")
     parser.add_argument("-m", dest="threads", type=int, metavar="N", help="threads to use; by default one for each CPU")
@@ -54,7 +54,7 @@ def add(commands: Commands) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """A format is not guessed to be raw: a broken download would be copied, and called a disk."""
-    options = {"backing": backing_of(arguments), "data_file": arguments.data_file, "threads": arguments.threads}
+    options = {**opening(arguments), "threads": arguments.threads}
     with (
         open_disk(arguments.image, arguments.source_format, guess_raw=False, whole_sectors=True, **options) as image,
         bar(arguments.progress) as report,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
-from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of, size_text, snapshot_lines
+from fastqcow.cli.common import Commands, add_image, add_opening, add_output, opening, size_text, snapshot_lines
 from fastqcow.describe import chain_info, info
 from fastqcow.errors import printable
 
@@ -21,17 +22,14 @@ def add(commands: Commands) -> None:
     )
     add_image(parser)
     parser.add_argument("--backing-chain", action="store_true", help="and its backing files, and theirs")
-    add_backing(parser)
+    add_opening(parser)
     add_output(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    backing = backing_of(arguments)
-    if arguments.backing_chain:
-        chain = chain_info(arguments.image, backing)
-    else:
-        chain = [info(arguments.image, backing=backing, data_file=arguments.data_file)]
+    options = opening(arguments)
+    chain = chain_info(arguments.image, options["backing"]) if arguments.backing_chain else [info(arguments.image, **options)]
     if arguments.output == "json":
         import json
 
@@ -64,20 +62,19 @@ def human(found: dict[str, Any]) -> str:
         lines += snapshot_lines(found["snapshots"])
     if "format-specific" in found:
         lines.append("Format specific information:")
-        for name, value in found["format-specific"]["data"].items():
-            if name == "bitmaps":
-                lines += bitmap_lines(value)
-            else:
-                lines.append(f"    {name.replace('-', ' ')}: {str(value).lower() if isinstance(value, bool) else value}")
+        lines += value_lines(found["format-specific"]["data"], "    ")
     if "unreadable" in found:
         lines.append(f"cannot be read: {found['unreadable']}")
     return "\n".join(printable(line) for line in lines)
 
 
-def bitmap_lines(bitmaps: list[dict[str, Any]]) -> list[str]:
-    lines = ["    bitmaps:"]
-    for i, bitmap in enumerate(bitmaps):
-        flags = [f"                [{k}]: {flag}" for k, flag in enumerate(bitmap["flags"])]
-        lines += [f"        [{i}]:", "            flags:", *flags]
-        lines += [f"            name: {bitmap['name']}", f"            granularity: {bitmap['granularity']}"]
-    return lines
+def value_lines(values: dict[str, Any] | list[Any], indent: str) -> Iterator[str]:
+    """A tree of values as qemu-img prints it."""
+    named = values.items() if isinstance(values, dict) else ((f"[{i}]", value) for i, value in enumerate(values))
+    for name, value in named:
+        text = str(value).lower() if isinstance(value, bool) else value
+        if isinstance(value, (dict, list)):
+            yield f"{indent}{name.replace('-', ' ')}:"
+            yield from value_lines(value, indent + "    ")
+        else:
+            yield f"{indent}{name.replace('-', ' ')}: {text}"

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 
 from fastqcow.chain import Layer, make_options, open_chain
-from fastqcow.cli.common import Commands, add_backing, add_image, add_output, backing_of, size_argument
+from fastqcow.cli.common import Commands, add_image, add_opening, add_output, opening, size_argument
 from fastqcow.errors import printable
 from fastqcow.image import Extent, Image
 
@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
         epilog="example: fastqcow map --output=json disk.qcow2",
     )
     add_image(parser)
-    add_backing(parser)
+    add_opening(parser)
     add_output(parser)
     parser.add_argument("-s", "--start-offset", type=size_argument, default=0, metavar="OFFSET", help="start there")
     parser.add_argument("-l", "--max-length", type=size_argument, metavar="LENGTH", help="look at so many bytes")
@@ -29,7 +29,7 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = make_options(backing_of(arguments), arguments.data_file)
+    options = make_options(**opening(arguments))
     chain = open_chain(arguments.image, options)
     with Image(chain, options) as image:
         extents = image.map(arguments.start_offset, arguments.max_length)
