@@ -53,7 +53,7 @@ def extensions() -> list[Extension]:
         return Extension(
             f"fastqcow.{name}",
             sources=[f"src/fastqcow/{name}.pyx", *(f"csrc/{c}.c" for c in core)],
-            depends=["csrc/fastqcow.h", "csrc/internal.h", "csrc/layout.h"],
+            depends=["csrc/check.h", "csrc/fastqcow.h", "csrc/internal.h", "csrc/layout.h"],
             include_dirs=["csrc", *include],
             define_macros=macros,
             extra_compile_args=["-std=c11", "-pthread", "-O2", *symbols, "-fvisibility=hidden", "-Wall", "-Wextra"],
@@ -63,6 +63,7 @@ def extensions() -> list[Extension]:
     return [
         extension("_l2", ["layout", "status"]),
         extension("_inflate", ["inflate", "scratch", "status"]),
+        extension("_check", ["check", "refcounts", "source", "status"]),
         extension(
             "_reader", ["batch", "cache", "crypt", "export", "inflate", "l2", "pool", "reader", "scratch", "source", "status"]
         ),

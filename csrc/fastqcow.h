@@ -46,7 +46,9 @@
     X(FQ_ERR_DEFLATE, "the compressed cluster is not a valid deflate stream")                                 \
     X(FQ_ERR_ZSTD, "the compressed cluster is not a valid zstd stream")                                       \
     X(FQ_ERR_INFLATED_SHORT, "the compressed cluster inflates to less than a cluster")                        \
-    X(FQ_ERR_INFLATED_LONG, "the compressed cluster inflates to more than a cluster")
+    X(FQ_ERR_INFLATED_LONG, "the compressed cluster inflates to more than a cluster")                         \
+    X(FQ_ERR_TOO_MANY_CLUSTERS, "the file has more clusters than can be counted")                             \
+    X(FQ_ERR_TOO_MANY_UNALIGNED, "there are more L2 tables that are not aligned than are worth a look")
 
 typedef enum fq_status {
 #define FQ_ENUM(name, sentence) name,
@@ -256,5 +258,97 @@ typedef struct fq_target {
 /* Write the guest range to the same offsets of the target, by many threads. *written counts bytes of data written. */
 fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                     const fq_request *request, fq_error *error);
+
+/* ---- Checks (check.c) */
+
+typedef enum fq_severity { FQ_CORRUPTION, FQ_LEAK, FQ_CHECK_ERROR, FQ_OVERLAP } fq_severity;
+
+/* What a check can find: how it counts, and the sentence for it. */
+#define FQ_FINDINGS(X)                                                                                                         \
+    X(FQ_FOUND_BEYOND_END, FQ_CORRUPTION, "what is referred to ends a cluster or more behind the end of the file")             \
+    X(FQ_FOUND_COPIED, FQ_CORRUPTION, "the COPIED flag and the refcount of what the entry points to contradict each other")    \
+    X(FQ_FOUND_L1_RESERVED, FQ_CORRUPTION, "the L1 entry has reserved bits set")                                               \
+    X(FQ_FOUND_L2_UNALIGNED, FQ_CORRUPTION, "the L1 entry points to an L2 table that is not aligned to a cluster")             \
+    X(FQ_FOUND_L2_RESERVED, FQ_CORRUPTION, "the L2 entry has reserved bits set")                                               \
+    X(FQ_FOUND_CLUSTER_UNALIGNED, FQ_CORRUPTION, "the L2 entry points to a cluster that is not aligned")                       \
+    X(FQ_FOUND_COMPRESSED_COPIED, FQ_CORRUPTION, "the L2 entry of a compressed cluster has the COPIED flag")                   \
+    X(FQ_FOUND_COMPRESSED_OUTSIDE, FQ_CORRUPTION, "the L2 entry is compressed, which it cannot be with an external data file") \
+    X(FQ_FOUND_COMPRESSED_BITMAP, FQ_CORRUPTION, "the L2 entry of a compressed cluster has subcluster bits set")               \
+    X(FQ_FOUND_SUBCLUSTER_BOTH, FQ_CORRUPTION, "the L2 entry says of a subcluster that it is both allocated and zero")         \
+    X(FQ_FOUND_SUBCLUSTER_NOWHERE, FQ_CORRUPTION, "the L2 entry says that subclusters are allocated, but gives no cluster")    \
+    X(FQ_FOUND_BLOCK_RESERVED, FQ_CORRUPTION, "the refcount table entry has reserved bits set")                                \
+    X(FQ_FOUND_BLOCK_UNALIGNED, FQ_CORRUPTION, "the refcount table entry points to a block that is not aligned to a cluster")  \
+    X(FQ_FOUND_BLOCK_BEYOND_END, FQ_CORRUPTION, "the refcount table entry points to a block behind the end of the file")       \
+    X(FQ_FOUND_BLOCK_SHARED, FQ_CORRUPTION, "the refcount block is in use for something else")                                 \
+    X(FQ_FOUND_OVERFLOW, FQ_CORRUPTION, "the cluster is referred to more often than its refcount can count")                   \
+    X(FQ_FOUND_TOO_LOW, FQ_CORRUPTION, "the refcount is lower than the number of references")                                  \
+    X(FQ_FOUND_LEAK, FQ_LEAK, "the refcount is higher than the number of references: the space is lost")                       \
+    X(FQ_FOUND_UNKNOWN, FQ_CHECK_ERROR, "the refcount cannot be told, as its block is in no place for one")                    \
+    X(FQ_FOUND_OVERLAP, FQ_OVERLAP, "the cluster is in use for different things at once")
+
+typedef enum fq_finding_kind {
+#define FQ_ENUM(name, severity, sentence) name,
+    FQ_FINDINGS(FQ_ENUM)
+#undef FQ_ENUM
+} fq_finding_kind;
+
+const char *fq_finding_sentence(fq_finding_kind kind);
+fq_severity fq_finding_severity(fq_finding_kind kind);
+
+/* FQ_NOWHERE where a field means nothing. host_off: of the entry, or of the (first) cluster. */
+typedef struct fq_finding {
+    fq_finding_kind kind;
+    uint64_t guest_off, host_off, value, refcount, references;
+} fq_finding;
+
+/* What a cluster can be in use for; bits, of which more than one is an overlap. */
+typedef enum fq_role {
+    FQ_ROLE_HEADER = 1,
+    FQ_ROLE_L1 = 2,
+    FQ_ROLE_SNAPSHOT_L1 = 4,
+    FQ_ROLE_L2 = 8,
+    FQ_ROLE_REFCOUNT_TABLE = 16,
+    FQ_ROLE_REFCOUNT_BLOCK = 32,
+    FQ_ROLE_OTHER = 64, /* the snapshot table, bitmaps, the encryption header */
+    FQ_ROLE_DATA = 128,
+} fq_role;
+
+typedef struct fq_check fq_check;
+
+typedef struct fq_check_options {
+    fq_geometry geometry;
+    uint32_t refcount_order; /* log2 of a refcount's bits, 0 to 6 */
+    uint32_t refcount_table_entries;
+    uint64_t refcount_table_off;
+    /* Called for each finding, by the thread that checks. times: how often it counts; for neighbouring clusters, how many there
+     * are. */
+    void (*report)(void *opaque, const fq_finding *found, uint64_t times);
+    void *opaque;
+} fq_check_options;
+
+typedef struct fq_check_counts {
+    uint64_t corruptions, leaks, check_errors, overlaps;
+    uint64_t allocated_clusters, compressed_clusters, fragmented_clusters; /* of the active L1 table */
+    uint64_t image_end_off;                                                /* behind the last cluster in use */
+} fq_check_counts;
+
+/* Entries of L1 tables that lie side by side, and how many tables they belong to. */
+typedef struct fq_l1_range {
+    uint64_t l1_off, entries;
+    uint64_t l1_index; /* of the first one in the active table */
+    uint32_t active, inactive;
+} fq_l1_range;
+
+/* The refcount table is read here. The bounds on it, and on the geometry, are the caller's to check. */
+fq_status fq_check_open(fq_source *source, const fq_check_options *options, const fq_request *request, fq_check **out,
+                        fq_error *error);
+void fq_check_close(fq_check *check);
+/* Count a reference to a range of the file. */
+fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error);
+/* Check L1 entries and collect the L2 tables that they point to. The ranges that are given must not overlap. */
+fq_status fq_check_l1(fq_check *check, const fq_l1_range *range, const fq_request *request, fq_error *error);
+/* The rest, when everything is named: L2 tables, refcount blocks, and the refcounts against the references. */
+fq_status fq_check_finish(fq_check *check, const fq_request *request, fq_error *error);
+const fq_check_counts *fq_check_result(const fq_check *check);
 
 #endif

@@ -60,11 +60,19 @@ def interruptible() -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--random-images", type=int, default=25, metavar="N", help="how many random images to try")
+    parser.addoption(
+        "--random-images",
+        type=int,
+        default=25,
+        metavar="N",
+        help="how many random images to try, and of damaged ones a third as many of each kind",
+    )
     parser.addoption("--random-seed", type=int, default=0, metavar="SEED", help="the first of their seeds")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    first, count = (metafunc.config.getoption(name) for name in ("--random-seed", "--random-images"))
     if "random_image_seed" in metafunc.fixturenames:
-        first, count = (metafunc.config.getoption(name) for name in ("--random-seed", "--random-images"))
         metafunc.parametrize("random_image_seed", range(first, first + count))
+    if "damage_seed" in metafunc.fixturenames:
+        metafunc.parametrize("damage_seed", range(first, first + max(count // 3, 1)))

@@ -55,8 +55,8 @@ def opened(tmp_path: Path, image: bytes) -> fastqcow.Image:
 def test_entries(tmp_path: Path) -> None:
     with opened(tmp_path, image_with(entry(b"1", b"before", l1_off=L1), entry(b"22", b"", l1_off=L1, vm_state_size=9))) as image:
         assert image.snapshots == (
-            SnapshotEntry("1", "before", L1, 1, 2 * CLUSTER, True, 0, 1_700_000_000, 5, 7_000_000_009, None, b""),
-            SnapshotEntry("22", "", L1, 1, 2 * CLUSTER, True, 9, 1_700_000_000, 5, 7_000_000_009, None, b""),
+            SnapshotEntry("1", "before", L1, 1, 2 * CLUSTER, True, 0, 1_700_000_000, 5, 7_000_000_009, None, b"", 63),
+            SnapshotEntry("22", "", L1, 1, 2 * CLUSTER, True, 9, 1_700_000_000, 5, 7_000_000_009, None, b"", 58),
         )
 
 

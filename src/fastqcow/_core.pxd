@@ -1,7 +1,7 @@
 # The declarations of csrc/fastqcow.h, where everything is documented. The contract of this boundary:
 #
 # * Everything here is called without the GIL, but for the *_new, *_free and *_close functions, which do not block.
-# * A callback given to the core (fq_read_fn, fq_cipher_fn, poll) takes the GIL itself, raises nothing, and leaves its exception in the object that
+# * A callback given to the core (fq_read_fn, fq_cipher_fn, poll, report) takes the GIL itself, raises nothing, and leaves its exception in the object that
 #   fq_request.user points to.
 # * Pointers given to the core stay valid until the call returns; sources and backing readers until the reader is closed. The objects
 #   of _reader.pyx hold references to see to that.
@@ -159,3 +159,66 @@ cdef extern from "fastqcow.h" nogil:
 
     fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                         const fq_request *request, fq_error *error)
+
+    ctypedef enum fq_severity:
+        FQ_CORRUPTION
+        FQ_LEAK
+        FQ_CHECK_ERROR
+        FQ_OVERLAP
+
+    ctypedef enum fq_finding_kind:
+        pass
+
+    const char *fq_finding_sentence(fq_finding_kind kind)
+    fq_severity fq_finding_severity(fq_finding_kind kind)
+
+    ctypedef struct fq_finding:
+        fq_finding_kind kind
+        uint64_t guest_off
+        uint64_t host_off
+        uint64_t value
+        uint64_t refcount
+        uint64_t references
+
+    ctypedef enum fq_role:
+        FQ_ROLE_HEADER
+        FQ_ROLE_L1
+        FQ_ROLE_SNAPSHOT_L1
+        FQ_ROLE_REFCOUNT_TABLE
+        FQ_ROLE_OTHER
+        FQ_ROLE_DATA
+
+    ctypedef struct fq_check
+
+    ctypedef struct fq_check_options:
+        fq_geometry geometry
+        uint32_t refcount_order
+        uint32_t refcount_table_entries
+        uint64_t refcount_table_off
+        void (*report)(void *opaque, const fq_finding *found, uint64_t times) noexcept
+        void *opaque
+
+    ctypedef struct fq_check_counts:
+        uint64_t corruptions
+        uint64_t leaks
+        uint64_t check_errors
+        uint64_t overlaps
+        uint64_t allocated_clusters
+        uint64_t compressed_clusters
+        uint64_t fragmented_clusters
+        uint64_t image_end_off
+
+    ctypedef struct fq_l1_range:
+        uint64_t l1_off
+        uint64_t entries
+        uint64_t l1_index
+        uint32_t active
+        uint32_t inactive
+
+    fq_status fq_check_open(fq_source *source, const fq_check_options *options, const fq_request *request, fq_check **out,
+                            fq_error *error)
+    void fq_check_close(fq_check *check)
+    fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error)
+    fq_status fq_check_l1(fq_check *check, const fq_l1_range *range, const fq_request *request, fq_error *error)
+    fq_status fq_check_finish(fq_check *check, const fq_request *request, fq_error *error)
+    const fq_check_counts *fq_check_result(const fq_check *check)

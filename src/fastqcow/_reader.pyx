@@ -53,10 +53,6 @@ cdef enum:
 cdef class Request:
     """One call of the core: what to poll for, and what a callback raised."""
 
-    cdef fq_request c
-    cdef object exception
-    cdef object progress
-
     def __cinit__(self, progress=None):
         self.progress = progress
         self.c.user = <void *>self
@@ -137,13 +133,6 @@ cdef class Source:
         path: what to call it in errors; a path if has_path.
         has_path: whether it lies in a directory, in which other files can lie beside it.
     """
-
-    cdef fq_source *c
-    cdef int fd
-    cdef object file
-    cdef object lock
-    cdef readonly str path
-    cdef readonly bint has_path
 
     def __cinit__(self):
         self.fd = -1

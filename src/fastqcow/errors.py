@@ -31,9 +31,7 @@ class Error(Exception):
         self.guest_off = guest_off
         self.host_off = host_off
         self.value = value
-        places = (("guest offset", guest_off), ("host offset", host_off), ("value", value))
-        where = ", ".join(f"{name} {number:#x}" for name, number in places if number is not None)
-        super().__init__(printable((f"{path}: " if path else "") + reason + (f" ({where})" if where else "")))
+        super().__init__(printable((f"{path}: " if path else "") + reason + place_text(guest_off, host_off, value)))
 
     def __reduce__(self) -> tuple[object, ...]:
         state = {"path": self.path, "guest_off": self.guest_off, "host_off": self.host_off, "value": self.value}
@@ -67,6 +65,13 @@ def explain(error: BaseException) -> str:
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])
     return str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
+
+
+def place_text(guest_off: int | None, host_off: int | None, value: int | None) -> str:
+    """The place of what is wrong, to be put behind a sentence."""
+    places = (("guest offset", guest_off), ("host offset", host_off), ("value", value))
+    where = ", ".join(f"{name} {number:#x}" for name, number in places if number is not None)
+    return f" ({where})" if where else ""
 
 
 def printable(text: str) -> str:

@@ -34,6 +34,7 @@ class SnapshotEntry:
         vm_clock_nsec: how long the machine had run.
         icount: instructions that it had executed, where they were counted.
         extra: extra data that is not known.
+        nbytes: of the entry in its table, which goes on behind it at the next multiple of 8.
     """
 
     id: str
@@ -48,6 +49,7 @@ class SnapshotEntry:
     vm_clock_nsec: int
     icount: int | None
     extra: bytes
+    nbytes: int
 
 
 def read_table(pread: Callable[[int, int], bytes], header: Header, path: str) -> tuple[SnapshotEntry, ...]:
@@ -59,15 +61,15 @@ def read_table(pread: Callable[[int, int], bytes], header: Header, path: str) ->
     found = []
     at = header.snapshots_off
     for _ in range(header.snapshot_count):
-        entry, nbytes = _read_entry(pread, at, header, path)
+        entry = _read_entry(pread, at, header, path)
         found.append(entry)
-        at += nbytes + 7 & ~7
+        at += entry.nbytes + 7 & ~7
         if at - header.snapshots_off > TABLE_NBYTES_MAX:
             raise FormatError(f"the snapshot table is larger than {TABLE_NBYTES_MAX >> 20} MiB", path=path, host_off=at)
     return tuple(found)
 
 
-def _read_entry(pread: Callable[[int, int], bytes], at: int, header: Header, path: str) -> tuple[SnapshotEntry, int]:
+def _read_entry(pread: Callable[[int, int], bytes], at: int, header: Header, path: str) -> SnapshotEntry:
     head = pread(_ENTRY.size, at)
     if len(head) < _ENTRY.size:
         raise FormatError("the snapshot table runs past the end of the file", path=path, host_off=at)
@@ -87,7 +89,7 @@ def _read_entry(pread: Callable[[int, int], bytes], at: int, header: Header, pat
         disk_size = int.from_bytes(extra[8:16], "big")
     if extra_nbytes >= 24:
         icount = int.from_bytes(extra[16:24], "big")
-    entry = SnapshotEntry(
+    return SnapshotEntry(
         id=rest[extra_nbytes : extra_nbytes + id_nbytes].decode("utf-8", "surrogateescape"),
         name=rest[extra_nbytes + id_nbytes :].decode("utf-8", "surrogateescape"),
         l1_off=l1_off,
@@ -100,8 +102,8 @@ def _read_entry(pread: Callable[[int, int], bytes], at: int, header: Header, pat
         vm_clock_nsec=vm_clock,
         icount=None if icount == (1 << 64) - 1 else icount,
         extra=extra[24:],
+        nbytes=_ENTRY.size + nbytes,
     )
-    return entry, _ENTRY.size + nbytes
 
 
 def find(entries: tuple[SnapshotEntry, ...], name_or_id: str) -> SnapshotEntry | None:

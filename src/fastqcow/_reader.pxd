@@ -1,0 +1,27 @@
+# What the modules beside _reader use of it: sources, and how calls of the core are made and their failures raised.
+
+from libc.stddef cimport ptrdiff_t
+
+from fastqcow._core cimport fq_error, fq_request, fq_source, fq_status, uint8_t, uint64_t
+
+
+cdef class Request:
+    cdef fq_request c
+    cdef object exception
+    cdef object progress
+
+
+cdef class Source:
+    cdef fq_source *c
+    cdef int fd
+    cdef object file
+    cdef object lock
+    cdef readonly str path
+    cdef readonly bint has_path
+
+    cdef ptrdiff_t read_file(self, uint8_t *buf, size_t nbytes, uint64_t host_off) except -1
+
+
+cdef void note(Request request, exception) noexcept
+cdef int check(fq_status status, const fq_error *error, Request request, list paths, target=*) except -1
+cdef object place(uint64_t number)
