@@ -53,7 +53,7 @@ def build(
     l1 = [COPIED | L2 * cluster_size] if l1 is None else l1
     incompatible = (8 if zstd else 0) | (16 if extended else 0)
     if backing and backing[1] is not None:
-        extensions += struct.pack(">II", 0xE2792ACA, len(backing[1])) + backing[1].encode().ljust(len(backing[1]) + 7 & ~7, b"\0")
+        extensions += extension(0xE2792ACA, backing[1].encode())
     extensions += bytes(8)
     header_nbytes = 112 if version == 3 else 72
     name = backing[0].encode("utf-8", "surrogateescape") if backing else b""
@@ -84,6 +84,22 @@ def build(
 
 def patched(image: bytes, offset: int, replacement: bytes) -> bytes:
     return image[:offset] + replacement + image[offset + len(replacement) :]
+
+
+def extension(magic: int, data: bytes, nbytes: int | None = None) -> bytes:
+    """A header extension. nbytes: the length that it says it has."""
+    return struct.pack(">II", magic, len(data) if nbytes is None else nbytes) + data.ljust(len(data) + 7 & ~7, b"\0")
+
+
+def snapshot_entry(
+    snapshot_id: bytes, name: bytes, *, l1_off: int, l1_entries: int = 1, extra: bytes, vm_state_size: int = 0
+) -> bytes:
+    """An entry of the snapshot table."""
+    head = struct.pack(
+        ">QIHHIIQII", l1_off, l1_entries, len(snapshot_id), len(name), 1_700_000_000, 5, 7_000_000_009, vm_state_size, len(extra)
+    )
+    made = head + extra + snapshot_id + name
+    return made.ljust(len(made) + 7 & ~7, b"\0")
 
 
 def deflate(data: bytes, *, window_bits: int = 12, level: int = 6) -> bytes:

@@ -19,6 +19,7 @@ MAGIC = b"QFI\xfb"
 L1_NBYTES_MAX = 32 << 20
 REFCOUNT_TABLE_NBYTES_MAX = 8 << 20
 BACKING_NAME_NBYTES_MAX = 1023
+BACKING_FORMAT_NBYTES_MAX = 15
 SNAPSHOTS_MAX = 65536
 EXTENSIONS_MAX = 1024  # QEMU knows five, and has no limit
 V2_NBYTES = 72
@@ -32,6 +33,7 @@ EXTENDED_L2 = 1 << 4
 KNOWN_INCOMPATIBLE = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
 LAZY_REFCOUNTS = 1 << 0
 DATA_FILE_RAW = 1 << 1
+LUKS = 2
 
 COMPRESSION_TYPES = ("zlib", "zstd")
 AES, LUKS = 1, 2  # crypt_method
@@ -63,6 +65,7 @@ class BitmapsExtension:
     count: int
     directory_nbytes: int
     directory_off: int
+    reserved: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,20 +227,30 @@ class _Parser:
             raise self.bad("the encryption header is not aligned to a cluster", value=found.crypto.host_off)
         if bool(incompatible & COMPRESSION_TYPE) != bool(compression):
             raise self.bad("the compression type and its feature bit contradict each other", V3_NBYTES_MIN, compression)
+        if found.crypto and crypt_method != LUKS:
+            raise self.bad("there is an encryption header, and the encryption method is not LUKS", 32, crypt_method)
         if incompatible & EXTENDED_L2 and cluster_bits < 14:
             raise self.bad("cluster_bits is less than 14, with extended L2 entries", 20, cluster_bits)
         if refcount_order > 6:
             raise self.bad("refcount_order is more than 6", 96, refcount_order)
 
         self.check_size(size, cluster_bits, bool(incompatible & EXTENDED_L2), l1_entries)
-        self.check_table("L1", l1_off, l1_entries * 8, L1_NBYTES_MAX, cluster_size, 40)
-        self.check_table(
-            "refcount", refcount_table_off, refcount_table_clusters << cluster_bits, REFCOUNT_TABLE_NBYTES_MAX, cluster_size, 48
-        )
+        if refcount_table_clusters == 0:
+            raise self.bad("there is no refcount table", 56, 0)
         if snapshot_count > SNAPSHOTS_MAX:
-            raise self.bad("there are more than 65536 snapshots", 60, snapshot_count)
-        if snapshot_count and snapshots_off % cluster_size:
-            raise self.bad("the snapshot table is not aligned to a cluster", 64, snapshots_off)
+            raise self.bad(f"there are more than {SNAPSHOTS_MAX} snapshots", 60, snapshot_count)
+        # An entry of the snapshot table has 40 bytes and more. Where it lies counts also where it is empty, for QEMU does.
+        for name, count_at, count, entry_nbytes, limit, off_at, off in (
+            ("L1", 36, l1_entries, 8, L1_NBYTES_MAX, 40, l1_off),
+            ("refcount", 56, refcount_table_clusters, cluster_size, REFCOUNT_TABLE_NBYTES_MAX, 48, refcount_table_off),
+            ("snapshot", 60, snapshot_count, 40, SNAPSHOTS_MAX * 40, 64, snapshots_off),
+        ):
+            if count * entry_nbytes > limit:
+                raise self.bad(f"the {name} table is larger than {limit >> 20} MiB", count_at, count)
+            if off % cluster_size:
+                raise self.bad(f"the {name} table is not aligned to a cluster", off_at, off)
+            if off > (1 << 63) - 1 - count * entry_nbytes:
+                raise self.bad(f"the {name} table lies beyond any file's end", off_at, off)
         return Header(
             version=version,
             cluster_bits=cluster_bits,
@@ -284,21 +297,13 @@ class _Parser:
         if l1_entries < -(-size >> l2_covers_bits):
             raise self.bad("the L1 table is too small for the virtual size", 36, l1_entries)
 
-    def check_table(self, name: str, off: int, nbytes: int, limit: int, cluster_size: int, host_off: int) -> None:
-        if nbytes > limit:
-            raise self.bad(f"the {name} table is larger than {limit >> 20} MiB", host_off, nbytes)
-        if off % cluster_size:
-            raise self.bad(f"the {name} table is not aligned to a cluster", host_off, off)
-        if off > (1 << 63) - 1 - nbytes:
-            raise self.bad(f"the {name} table lies beyond any file's end", host_off, off)
-
     def backing_name(self, header: bytes, off: int, nbytes: int) -> str | None:
         if nbytes > BACKING_NAME_NBYTES_MAX:
             raise self.bad(f"the backing file name is longer than {BACKING_NAME_NBYTES_MAX} bytes", 16, nbytes)
         name = header[off : off + nbytes]
         if len(name) < nbytes:
             raise self.bad("the backing file name runs past the first cluster, or the file's end", off, nbytes)
-        return _c_string(name) or None
+        return c_string(name) or None
 
     def extensions(self, header: bytes, off: int, end: int) -> _Extensions:
         """Walk the extensions. Each step moves on by at least 8 bytes, and none leaves the first cluster."""
@@ -308,13 +313,15 @@ class _Parser:
                 break
             if count > EXTENSIONS_MAX:
                 raise self.bad(f"there are more than {EXTENSIONS_MAX} header extensions", off)
+            if off + 8 > end:
+                raise self.bad("there is no space for a header extension", off)
             if off + 8 > len(header):
                 raise self.bad("the file ends within the header extensions", off)
             magic, nbytes = struct.unpack_from(">II", header, off)
-            if magic == EXT_END:
-                break
             if nbytes > end - off - 8:
                 raise self.bad("a header extension is longer than the space for it", off, nbytes)
+            if magic == EXT_END:
+                break
             data = header[off + 8 : off + 8 + nbytes]
             if len(data) < nbytes:
                 raise self.bad("the file ends within a header extension", off, nbytes)
@@ -324,17 +331,19 @@ class _Parser:
 
     def extension(self, found: _Extensions, magic: int, data: bytes, off: int) -> None:
         if magic == EXT_BACKING_FORMAT:
-            found.backing_format = _c_string(data) or None
+            if len(data) > BACKING_FORMAT_NBYTES_MAX:
+                raise self.bad(f"the backing file's format is longer than {BACKING_FORMAT_NBYTES_MAX} bytes", off, len(data))
+            found.backing_format = c_string(data) or None
         elif magic == EXT_DATA_FILE:
-            found.data_file_name = _c_string(data)
+            found.data_file_name = c_string(data)
         elif magic == EXT_FEATURE_NAMES:
             rows = (data[i : i + 48] for i in range(0, len(data) - 47, 48))
-            found.features = [Feature(r[0], r[1], _c_string(r[2:])) for r in rows]
+            found.features = [Feature(r[0], r[1], c_string(r[2:])) for r in rows]
         elif magic == EXT_BITMAPS:
             if len(data) != 24:
                 raise self.bad("the bitmaps extension has not 24 bytes", off, len(data))
-            count, _, directory_nbytes, directory_off = struct.unpack(">IIQQ", data)
-            found.bitmaps = BitmapsExtension(count, directory_nbytes, directory_off)
+            count, reserved, directory_nbytes, directory_off = struct.unpack(">IIQQ", data)
+            found.bitmaps = BitmapsExtension(count, directory_nbytes, directory_off, reserved)
         elif magic == EXT_CRYPTO:
             if len(data) != 16:
                 raise self.bad("the encryption header pointer has not 16 bytes", off, len(data))
@@ -343,7 +352,7 @@ class _Parser:
             found.unknown.append(UnknownExtension(magic, data))
 
 
-def _c_string(data: bytes) -> str:
+def c_string(data: bytes) -> str:
     """A string ends at its first zero byte, if it has one; bytes that are no UTF-8 come through, as in file names."""
     return data.split(b"\0")[0].decode("utf-8", "surrogateescape")
 

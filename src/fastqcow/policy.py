@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fastqcow.errors import FormatError, PolicyError
+from fastqcow.header import DATA_FILE_RAW
 from fastqcow.source import open_path, open_source
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ def open_backing(image: Source, header: Header, rule: Rule) -> tuple[Source | No
 def open_data_file(image: Source, header: Header, rule: Rule) -> tuple[Source | None, Rule]:
     """The external data file, None where there is none; and the rule for those of the backing files."""
     if not header.has_data_file:
+        if header.autoclear & DATA_FILE_RAW:
+            raise FormatError(
+                "the external data file is raw, but there is none", path=image.path, host_off=88, value=header.autoclear
+            )
         return None, rule if rule == "follow" or callable(rule) else None
     if header.data_file_name is None and (rule is None or rule == "follow" or callable(rule)):
         raise FormatError("the image has an external data file and does not name it; give it with data_file=", path=image.path)
