@@ -25,10 +25,11 @@ class Qemu:
         assert done.returncode == 0, done.stdout + done.stderr
         assert "rror" not in done.stdout + done.stderr, done.stdout + done.stderr
 
-    def read(self, image: Path) -> bytes | None:
-        """All bytes of the disk, or None where QEMU refuses to open the image or fails to read it."""
+    def read(self, image: Path, snapshot: str | None = None) -> bytes | None:
+        """All bytes of the disk, or of a snapshot; None where QEMU refuses to open it or fails to read it."""
         raw = image.with_name(image.name + ".oracle")
-        done = self.img("convert", "-f", "qcow2", "-O", "raw", image, raw, check=False)
+        of_snapshot = () if snapshot is None else ("-l", snapshot)
+        done = self.img("convert", *of_snapshot, "-f", "qcow2", "-O", "raw", image, raw, check=False)
         return raw.read_bytes() if done.returncode == 0 else None
 
 

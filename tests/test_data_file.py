@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import fastqcow
+from cases import check_info, check_map
 from conftest import Qemu
 from fastqcow.cli import main
-from images import COPIED, ZERO, build, compressed_entry, data_entry, noise, patched
+from images import COPIED, ZERO, build, compressed_entry, data_entry, extension, noise, patched
 
 CLUSTER = 65536
 DATA = noise(4 * CLUSTER)
@@ -24,7 +25,7 @@ CONTENTS = DATA[:CLUSTER] + bytes(CLUSTER) + DATA[2 * CLUSTER : 3 * CLUSTER] + b
 def image_with(name: str | None, entries: list[int | tuple[int, int]] = ENTRIES, *, extended: bool = False) -> bytes:
     extensions = b""
     if name is not None:
-        extensions = struct.pack(">II", 0x44415441, len(name)) + name.encode().ljust(len(name) + 7 & ~7, b"\0")
+        extensions = extension(0x44415441, name.encode())
     image = build(entries, extended=extended, extensions=extensions)
     return patched(image, 72, struct.pack(">Q", 4 | (16 if extended else 0)))
 
@@ -61,6 +62,8 @@ def test_extended_l2_entries(qemu: Qemu, folder: Path) -> None:
     path = write(folder, image_with(str(folder / "data.raw"), entries, extended=True))
     with fastqcow.open(path) as image:
         assert image.read() == DATA[:2048] + bytes(CLUSTER - 2048) + DATA[CLUSTER : 2 * CLUSTER] == qemu.read(path)
+    check_map(qemu, path)
+    check_info(qemu, path)
 
 
 @pytest.mark.parametrize("name", ["../data.raw", "/etc/passwd", "nbd://localhost/x", "json:{}"])
@@ -119,6 +122,8 @@ def test_bad_entries(qemu: Qemu, folder: Path, entry: int, reason: str, data_nby
     with fastqcow.open(path) as image, pytest.raises(fastqcow.FormatError, match=reason) as caught:
         image.read()
     assert caught.value.value == entry
+    check_map(qemu, path)
+    check_info(qemu, path)
 
 
 def test_given_file_counts_for_the_image_alone(folder: Path) -> None:
@@ -146,6 +151,8 @@ def test_as_qemu_makes_them(qemu: Qemu, tmp_path: Path, raw: str) -> None:
     qemu.io(path, "write -P 1 0 100k", "write -P 2 1M 1M", "write -z 64k 64k", "discard 1M 128k")
     with fastqcow.open(path) as image:
         assert image.read() == qemu.read(path)
+    check_map(qemu, path)
+    check_info(qemu, path)
     with pytest.raises(ValueError, match=r"d.raw: the image is read from this file"):
         fastqcow.convert(path, tmp_path / "d.raw")
 

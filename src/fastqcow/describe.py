@@ -181,8 +181,9 @@ def _format_specific(header: Header, bitmaps: tuple[BitmapEntry, ...], luks: Luk
         data["encrypt"] = _luks_info(luks)
     elif header.crypt_method == h.AES:
         data["encrypt"] = {"format": "aes"}
-    if header.has_data_file:
+    if header.data_file_name is not None:
         data["data-file"] = header.data_file_name
+    if header.has_data_file:
         data["data-file-raw"] = bool(header.autoclear & h.DATA_FILE_RAW)
     if header.version == 3:
         data["corrupt"] = header.corrupt
