@@ -9,6 +9,7 @@ from fastqcow.bitmaps import BitmapEntry, Range, dirty_ranges, read_directory
 from fastqcow.chain import Layer, Options, make_options, open_chain, open_view
 from fastqcow.describe import layer_info, read_luks
 from fastqcow.diskfile import DiskFile, Extent
+from fastqcow.errors import FormatError
 from fastqcow.snapshots import SnapshotEntry, check, find, read_table
 from fastqcow.source import open_source
 
@@ -123,7 +124,11 @@ class Snapshot(Image):
 
     @property
     def vm_state(self) -> VmState:
-        """The saved state of the machine, as a file of `entry.vm_state_size` bytes."""
+        """The saved state of the machine, as a file of `entry.vm_state_size` bytes.
+
+        Raises:
+            FormatError: it is larger than any can be.
+        """
         self._open_reader()
         assert self._image is not None
         return VmState(self._image, self._options, self._entry)
@@ -140,6 +145,10 @@ class VmState(DiskFile):
         assert image.header is not None
         covers = image.header.l1_covers_bits
         start = -(-entry.disk_size >> covers) << covers
+        if entry.vm_state_size >= 1 << 62:
+            raise FormatError(
+                "the snapshot's machine state is larger than any can be", path=image.reader.source.path, value=entry.vm_state_size
+            )
         size = start + entry.vm_state_size
         table = {"l1_off": entry.l1_off, "l1_entries": entry.l1_entries}
         super().__init__(open_view(image, options, size=size, with_backing=False, **table).reader, start)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from fastqcow.errors import FormatError
-from fastqcow.header import L1_NBYTES_MAX, Header
+from fastqcow.header import L1_NBYTES_MAX, Header, c_string
 
 __all__ = ["SnapshotEntry", "find", "read_table"]
 
@@ -90,8 +90,8 @@ def _read_entry(pread: Callable[[int, int], bytes], at: int, header: Header, pat
     if extra_nbytes >= 24:
         icount = int.from_bytes(extra[16:24], "big")
     return SnapshotEntry(
-        id=rest[extra_nbytes : extra_nbytes + id_nbytes].decode("utf-8", "surrogateescape"),
-        name=rest[extra_nbytes + id_nbytes :].decode("utf-8", "surrogateescape"),
+        id=c_string(rest[extra_nbytes : extra_nbytes + id_nbytes]),
+        name=c_string(rest[extra_nbytes + id_nbytes :]),
         l1_off=l1_off,
         l1_entries=l1_entries,
         disk_size=disk_size,
@@ -129,5 +129,3 @@ def check(entry: SnapshotEntry, header: Header, path: str) -> None:
         raise FormatError("the snapshot's L1 table is not aligned to a cluster, or beyond any file", path=path, value=entry.l1_off)
     if entry.has_disk_size and entry.l1_entries << header.l1_covers_bits < entry.disk_size:
         raise FormatError("the snapshot's L1 table is too small for its disk", path=path, value=entry.l1_entries)
-    if entry.disk_size + entry.vm_state_size >= 1 << 62:
-        raise FormatError("the snapshot's disk or machine state is larger than any can be", path=path, value=entry.disk_size)
