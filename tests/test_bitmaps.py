@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
+from cases import check_info, check_map
 from conftest import Qemu
 from fastqcow.cli import main
 from images import PAYLOAD, build, patched
@@ -53,7 +54,7 @@ def opened(tmp_path: Path, image: bytes) -> fastqcow.Image:
 
 
 def test_directory(tmp_path: Path) -> None:
-    directory = entry() + entry(b"other", flags=1, granularity_bits=9, extra=b"extra data")
+    directory = entry() + entry(b"other", flags=1, granularity_bits=9)
     with opened(tmp_path, image_with(directory, count=2)) as image:
         assert image.bitmaps == (
             fastqcow.BitmapEntry("bits", 65536, False, True, TABLE, 1),
@@ -96,24 +97,53 @@ def test_extension_that_is_out_of_date(tmp_path: Path) -> None:
         assert image.bitmaps == ()
 
 
-@pytest.mark.parametrize(
-    ("image", "reason"),
-    [
-        (image_with(entry(), count=0), "not within 1 to 65535"),
-        (image_with(entry(), count=65536), "not within 1 to 65535"),
-        (image_with(entry(), count=2), "ends within an entry"),
-        (image_with(entry(name_nbytes=1000)), "ends within an entry"),
-        (image_with(entry(kind=2)), "makes no sense"),
-        (image_with(entry(granularity_bits=8)), "makes no sense"),
-        (image_with(entry(granularity_bits=32)), "makes no sense"),
-        (image_with(entry(flags=8)), "makes no sense"),
-        (image_with(entry(b"")), "makes no sense"),
-        (image_with(entry(table_off=TABLE + 8)), "in no place for it"),
-        (image_with(entry(table_entries=0xFFFFFFFF)), "too large"),
-        (image_with(entry(table_entries=0)), "too small for the disk"),
-        (image_with(entry())[: DIRECTORY + 10], "past the end of the file"),
-    ],
-)
+GOOD_DIRECTORIES = [
+    (image_with(entry(b"")), [""]),
+    (image_with(entry(b"bits\0more")), ["bits"]),
+    (image_with(entry(b"x" * 1023)), ["x" * 1023]),
+    (image_with(entry() + entry(b"other", flags=1, table_entries=77), count=2), ["bits", "other"]),
+    (image_with(entry(granularity_bits=9), clusters=4096), ["bits"]),
+    (image_with(entry(granularity_bits=31)), ["bits"]),
+    (image_with(entry(), table=999 * CLUSTER), ["bits"]),
+]
+
+
+@pytest.mark.parametrize(("image", "names"), GOOD_DIRECTORIES)
+def test_odd_directory(tmp_path: Path, image: bytes, names: list[str]) -> None:
+    with opened(tmp_path, image) as disk:
+        assert [found.name for found in disk.bitmaps] == names
+
+
+BAD_DIRECTORIES = [
+    (image_with(entry(), count=0), "not within 1 to 65535"),
+    (image_with(entry(), count=65536), "not within 1 to 65535"),
+    (patched(image_with(entry()), 124, struct.pack(">I", 5)), "reserved bits"),
+    (patched(image_with(entry()), 136, struct.pack(">Q", DIRECTORY + 512)), "in no place for it"),
+    (patched(image_with(entry()), 136, struct.pack(">Q", 1 << 62)), "in no place for it"),
+    (image_with(entry(), count=2), "ends within an entry"),
+    (image_with(entry(name_nbytes=1000)), "ends within an entry"),
+    (image_with(entry(kind=2)), "makes no sense"),
+    (image_with(entry(granularity_bits=8)), "makes no sense"),
+    (image_with(entry(granularity_bits=32)), "makes no sense"),
+    (image_with(entry(flags=8)), "makes no sense"),
+    (image_with(entry(flags=4)), "makes no sense"),
+    (image_with(entry(b"x" * 1024)), "makes no sense"),
+    (image_with(entry(extra=b"more")), "extra data"),
+    (image_with(entry() * 2, count=2), "two bitmaps with the name 'bits'"),
+    (image_with(entry() + entry(b"other"), count=1), "goes on behind"),
+    (image_with(entry() + bytes(8)), "goes on behind"),
+    (image_with(entry(table_off=0)), "in no place for it"),
+    (image_with(entry(table_off=TABLE + 8)), "in no place for it"),
+    (image_with(entry(table_entries=0xFFFFFFFF)), "too large"),
+    (image_with(entry(table_entries=0)), "empty"),
+    (image_with(entry(table_entries=0, flags=1)), "empty"),
+    (image_with(entry(table_entries=2)), "not as large as the disk needs it"),
+    (image_with(entry(granularity_bits=9), clusters=8192), "not as large as the disk needs it"),
+    (image_with(entry())[: DIRECTORY + 10], "past the end of the file"),
+]
+
+
+@pytest.mark.parametrize(("image", "reason"), BAD_DIRECTORIES)
 def test_bad_directory_does_no_harm_to_the_disk(tmp_path: Path, image: bytes, reason: str) -> None:
     with opened(tmp_path, image) as disk:
         assert not any(disk.pread(1000, 0))
@@ -148,6 +178,8 @@ def test_as_qemu_marks(qemu: Qemu, tmp_path: Path, granularity: str, capsys: pyt
     with fastqcow.open(path) as image:
         assert [b.name for b in image.bitmaps] == ["since backup"]
         assert list(image.bitmap("since backup")) == expected
+    check_map(qemu, path)
+    check_info(qemu, path)
     assert main(["bitmap", "--output=json", str(path), "since backup"]) == 0
     assert [tuple(found.values()) for found in json.loads(capsys.readouterr().out)] == expected
     assert main(["bitmap", str(path)]) == 0

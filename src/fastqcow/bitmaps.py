@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastqcow.errors import FormatError
-from fastqcow.header import Header
+from fastqcow.header import Header, c_string
 
 __all__ = ["OFFSET_MASK", "BitmapEntry", "Range", "dirty_ranges", "read_directory"]
 
@@ -67,17 +67,23 @@ def read_directory(pread: Callable[[int, int], bytes], header: Header, path: str
         return ()
     if not 1 <= where.count <= BITMAPS_MAX:
         raise FormatError(f"the number of bitmaps is not within 1 to {BITMAPS_MAX}", path=path, value=where.count)
+    if where.reserved:
+        raise FormatError("the reserved bits of the bitmaps extension are not zero", path=path, value=where.reserved)
     if where.directory_nbytes > DIRECTORY_NBYTES_MAX or where.directory_off % header.cluster_size or where.directory_off >= 1 << 62:
         raise FormatError("the bitmap directory is too large, or in no place for it", path=path, host_off=where.directory_off)
     directory = pread(where.directory_nbytes, where.directory_off)
     if len(directory) < where.directory_nbytes:
         raise FormatError("the bitmap directory runs past the end of the file", path=path, host_off=where.directory_off)
-    found = []
+    found: list[BitmapEntry] = []
     at = 0
     for _ in range(where.count):
         entry, nbytes = _read_entry(directory, at, header, path, where.directory_off + at)
+        if any(entry.name == other.name for other in found):
+            raise FormatError(f"there are two bitmaps with the name {entry.name!r}", path=path, host_off=where.directory_off + at)
         found.append(entry)
         at += nbytes
+    if at < len(directory):
+        raise FormatError("the bitmap directory goes on behind its last entry", path=path, host_off=where.directory_off + at)
     return tuple(found)
 
 
@@ -88,14 +94,20 @@ def _read_entry(directory: bytes, at: int, header: Header, path: str, host_off: 
     nbytes = _ENTRY.size + extra_nbytes + name_nbytes
     if at + nbytes > len(directory):
         raise FormatError("the bitmap directory ends within an entry", path=path, host_off=host_off)
-    name = directory[at + nbytes - name_nbytes : at + nbytes].decode("utf-8", "surrogateescape")
-    if kind != 1 or flags & ~7 or granularity_bits not in GRANULARITY_BITS or not 1 <= name_nbytes <= NAME_NBYTES_MAX:
+    name = c_string(directory[at + nbytes - name_nbytes : at + nbytes])
+    if extra_nbytes:
+        raise FormatError(f"the bitmap {name!r} has extra data, which is not known", path=path, host_off=host_off)
+    if kind != 1 or flags & ~(IN_USE | AUTO) or granularity_bits not in GRANULARITY_BITS or name_nbytes > NAME_NBYTES_MAX:
         raise FormatError(f"the entry of the bitmap {name!r} makes no sense", path=path, host_off=host_off)
     bits_nbytes = table_entries << header.cluster_bits
-    if table_off % header.cluster_size or table_off >= 1 << 62 or bits_nbytes > BITS_NBYTES_MAX:
-        raise FormatError(f"the table of the bitmap {name!r} is too large, or in no place for it", path=path, host_off=host_off)
-    if not flags & IN_USE and header.disk_size > bits_nbytes * 8 << granularity_bits:
-        raise FormatError(f"the table of the bitmap {name!r} is too small for the disk", path=path, host_off=host_off)
+    in_no_place = table_off == 0 or table_off % header.cluster_size or table_off >= 1 << 62
+    if in_no_place or table_entries == 0 or bits_nbytes > BITS_NBYTES_MAX:
+        raise FormatError(
+            f"the table of the bitmap {name!r} is empty, too large, or in no place for it", path=path, host_off=host_off
+        )
+    words = -(-header.disk_size >> granularity_bits + 6)
+    if not flags & IN_USE and table_entries != -(-8 * words >> header.cluster_bits):
+        raise FormatError(f"the table of the bitmap {name!r} is not as large as the disk needs it", path=path, host_off=host_off)
     entry = BitmapEntry(name, 1 << granularity_bits, bool(flags & IN_USE), bool(flags & AUTO), table_off, table_entries)
     return entry, nbytes + 7 & ~7
 
