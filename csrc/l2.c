@@ -88,11 +88,8 @@ static fq_status resolve_qcow2(fq_reader *r, uint64_t guest_off, uint64_t nbytes
         return fq_fail(error, FQ_ERR_L2_UNALIGNED, guest_off, FQ_NOWHERE, l1_entry);
 
     status = fq_cache_get(r->tables, r->owner, slice_off, fill.nbytes, fill_slice, &fill, &filled, &block);
-    if (status != FQ_OK) {
-        if (!filled || status == FQ_ERR_NOMEM)
-            fq_fail(error, status, guest_off, slice_off, FQ_NOWHERE);
-        return status;
-    }
+    if (status != FQ_OK) /* what was not even tried says nothing of the place */
+        return filled ? status : fq_fail(error, status, guest_off, slice_off, FQ_NOWHERE);
     entries = (const uint64_t *)(const void *)fq_block_data(block);
     at = (size_t)(in_table & (fill.nbytes - 1)) / 8;
     sub = g->extended_l2 ? (unsigned)(guest_off >> unit_bits & (FQ_SUBCLUSTERS - 1)) : 0;

@@ -6,7 +6,6 @@ number is checked here, once, before anything is allocated, read or looped over 
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -308,9 +307,9 @@ class _Parser:
     def extensions(self, header: bytes, off: int, end: int) -> _Extensions:
         """Walk the extensions. Each step moves on by at least 8 bytes, and none leaves the first cluster."""
         found = _Extensions()
-        for count in itertools.count(1):
-            if off >= end:
-                break
+        count = 0
+        while off < end:
+            count += 1
             if count > EXTENSIONS_MAX:
                 raise self.bad(f"there are more than {EXTENSIONS_MAX} header extensions", off)
             if off + 8 > end:

@@ -179,6 +179,15 @@ static int temporary_file(const uint8_t *bytes, size_t nbytes)
     return fd;
 }
 
+/* The caches' blocks come from here (the linker's --wrap): all other memory there is still is. */
+static atomic_bool no_memory;
+void *__real_aligned_alloc(size_t alignment, size_t nbytes);
+void *__wrap_aligned_alloc(size_t alignment, size_t nbytes);
+void *__wrap_aligned_alloc(size_t alignment, size_t nbytes)
+{
+    return atomic_load(&no_memory) ? NULL : __real_aligned_alloc(alignment, nbytes);
+}
+
 /* ---- tests */
 
 static void test_sentences(void)
@@ -449,6 +458,68 @@ static void test_cancel(void)
     free_image(&m);
 }
 
+/* A map of compressed clusters, each of which is looked at, takes long enough for the poll to come. */
+static void test_cancelled_map(void)
+{
+    enum { L1_ENTRIES = 65, ENTRIES = 512 / 8, L2 = 1024 };
+    uint8_t file[L2 + 512];
+    const image m = {.file = file, .nbytes = sizeof(file), .size = (size_t)L1_ENTRIES * ENTRIES * 512};
+    memory at = {.m = &m};
+    fq_source *source = fq_source_callback(read_memory, &at, m.nbytes);
+    const fq_reader_options options = {
+        .geometry = {.version = 3, .cluster_bits = 9, .codec = FQ_CODEC_DEFLATE},
+        .size = m.size,
+        .l1_entries = L1_ENTRIES,
+        .largest_cluster = 512,
+        .table_cache_nbytes = 1 << 20,
+        .threads = 1,
+    };
+    int polls = 0;
+    const fq_request request = {&polls, stop_at_once}, without_poll = {&polls, NULL};
+    fq_reader *reader;
+    fq_extent extent;
+    fq_error error;
+    size_t count;
+
+    for (unsigned i = 0; i < L1_ENTRIES; i++)
+        store_be64(file + 8 * i, L2);
+    for (unsigned i = 0; i < ENTRIES; i++)
+        store_be64(file + L2 + 8 * i, FQ_L2_COMPRESSED | 512);
+    CHECK(fq_reader_open_qcow2(source, NULL, NULL, NULL, &options, NULL, &reader, &error) == FQ_OK);
+    CHECK(fq_reader_map(reader, 0, m.size, &extent, 1, &count, &request, &error) == FQ_ERR_CANCELLED);
+    CHECK(polls == 1);
+    CHECK(fq_reader_map(reader, 0, m.size, &extent, 1, &count, &without_poll, &error) == FQ_OK);
+    CHECK(count == 1 && extent.nbytes == m.size && extent.kind == FQ_COMPRESSED);
+    fq_reader_close(reader);
+    fq_source_free(source);
+}
+
+/* Without memory for an L2 table, then for a cluster, it says so; and reads on once there is some. */
+static void test_without_memory(void)
+{
+    image m = make_image(FQ_CODEC_DEFLATE);
+    memory at = {.m = &m};
+    fq_source *source = fq_source_callback(read_memory, &at, m.nbytes);
+    fq_reader *reader = open_image(&m, source, NULL, 1, 1 << 20);
+    uint8_t found[10];
+    fq_error error;
+
+    atomic_store(&no_memory, true);
+    CHECK(read_at(reader, found, sizeof(found), 5, &error) == FQ_ERR_NOMEM);
+    CHECK(error.guest_off == 5 && error.host_off == CLUSTER && error.value == FQ_NOWHERE);
+    atomic_store(&no_memory, false);
+    CHECK(read_at(reader, found, sizeof(found), 2 * CLUSTER, &error) == FQ_OK);
+    atomic_store(&no_memory, true);
+    CHECK(read_at(reader, found, sizeof(found), 5, &error) == FQ_ERR_NOMEM);
+    CHECK(error.guest_off == 5);
+    atomic_store(&no_memory, false);
+    CHECK(read_at(reader, found, sizeof(found), 5, &error) == FQ_OK);
+    CHECK(memcmp(found, m.contents + 5, sizeof(found)) == 0);
+    fq_reader_close(reader);
+    fq_source_free(source);
+    free_image(&m);
+}
+
 /* The child has no workers; its reads still end, and are right. */
 static void test_fork(void)
 {
@@ -500,6 +571,7 @@ static void test_backing_and_map(void)
     }
     CHECK(end == top.size);
     CHECK(fq_reader_map(reader, 0, top.size + 1, extents, 1, &count, NULL, &error) == FQ_ERR_ARGUMENT);
+    CHECK(fq_reader_map(reader, 2, 1, extents, 1, &count, NULL, &error) == FQ_ERR_ARGUMENT);
     fq_reader_close(reader);
     fq_reader_close(base);
     fq_source_free(above);
@@ -555,6 +627,8 @@ int main(void)
     test_backing_and_map();
     test_open_refuses();
     test_cancel();
+    test_cancelled_map();
+    test_without_memory();
     test_fork();
     for (int i = 0; i < 8; i++)
         test_export(i & 1 ? 4096 : 0, i & 2, i & 4 ? 3 : 1);
