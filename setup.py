@@ -46,7 +46,9 @@ def extensions() -> list[Extension]:
     names = libraries()
     include = [f[2:] for f in pkg_config("--cflags-only-I", *names) or []]
     link = pkg_config("--libs", *names) or []
-    symbols = [] if "-g" in os.environ.get("CFLAGS", "") else ["-g0"]  # Python's own flags ask for them, at twice the size
+    flags = os.environ.get("CFLAGS", "").split()
+    symbols = [] if any(f.startswith("-g") for f in flags) else ["-g0"]  # Python's own flags ask for them, at twice the size
+    optimization = [] if any(f.startswith("-O") for f in flags) else ["-O2"]
     macros: list[tuple[str, str | None]] = [("FQ_HAVE_LIBDEFLATE", "1")] if "libdeflate" in names else []
 
     def extension(name: str, core: list[str]) -> Extension:
@@ -56,7 +58,7 @@ def extensions() -> list[Extension]:
             depends=["csrc/check.h", "csrc/fastqcow.h", "csrc/internal.h", "csrc/layout.h"],
             include_dirs=["csrc", *include],
             define_macros=macros,
-            extra_compile_args=["-std=c11", "-pthread", "-O2", *symbols, "-fvisibility=hidden", "-Wall", "-Wextra"],
+            extra_compile_args=["-std=c11", "-pthread", *optimization, *symbols, "-fvisibility=hidden", "-Wall", "-Wextra"],
             extra_link_args=[*link, "-pthread"],
         )
 
