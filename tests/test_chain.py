@@ -301,7 +301,7 @@ def test_error_names_the_layer(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("image", "reason"),
     [
-        (lambda: _with(32, b"\0\0\0\2"), "encrypted"),
+        (lambda: _with(32, b"\0\0\0\7"), "encryption method 7"),
     ],
 )
 def test_not_yet(tmp_path: Path, image: Any, reason: str) -> None:

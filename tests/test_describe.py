@@ -23,7 +23,7 @@ def u64(offset: int, value: int) -> bytes:
 UNREADABLE = {
     "an unknown feature": (u64(72, 1 << 40), "bit 40"),
     "an unknown compression type": (patched(u64(72, 8), 104, b"\7"), "compression type 7"),
-    "encryption": (patched(GOOD, 32, b"\0\0\0\2"), "encrypted"),
+    "encryption": (patched(GOOD, 32, b"\0\0\0\1"), "encrypted"),
     "unknown encryption": (patched(GOOD, 32, b"\0\0\0\5"), "encryption method 5"),
     "a missing backing file": (build([0, 0], backing=("none.raw", "raw")), "No such file"),
     "a backing file elsewhere": (build([0, 0], backing=("/etc/passwd", "raw")), "lies outside"),

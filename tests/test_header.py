@@ -110,6 +110,13 @@ BAD: dict[str, tuple[bytes, str, int | None, int | None]] = {
     "refcount_order 7": (u32(96, 7), "refcount_order", 96, 7),
     "a raw data file, but no data file": (u64(88, 2), "raw, but there is none", 88, 2),
     "an encryption header, but no encryption": (build([0], extensions=extension(0x0537BE77, bytes(16))), "not LUKS", 32, 0),
+    "LUKS without its header": (u32(32, 2), "nothing points to its header", 32, 2),
+    "a LUKS header that is not aligned": (
+        u32(32, 2, build([0], extensions=extension(0x0537BE77, struct.pack(">QQ", 0x10200, 4096)))),
+        "not aligned",
+        None,
+        0x10200,
+    ),
     "an encryption header of another method": (
         u32(32, 1, build([0], extensions=extension(0x0537BE77, bytes(16)))),
         "not LUKS",

@@ -74,17 +74,17 @@ def read_directory(pread: Callable[[int, int], bytes], header: Header, path: str
     directory = pread(where.directory_nbytes, where.directory_off)
     if len(directory) < where.directory_nbytes:
         raise FormatError("the bitmap directory runs past the end of the file", path=path, host_off=where.directory_off)
-    found: list[BitmapEntry] = []
+    found: dict[str, BitmapEntry] = {}
     at = 0
     for _ in range(where.count):
         entry, nbytes = _read_entry(directory, at, header, path, where.directory_off + at)
-        if any(entry.name == other.name for other in found):
+        if entry.name in found:
             raise FormatError(f"there are two bitmaps with the name {entry.name!r}", path=path, host_off=where.directory_off + at)
-        found.append(entry)
+        found[entry.name] = entry
         at += nbytes
     if at < len(directory):
         raise FormatError("the bitmap directory goes on behind its last entry", path=path, host_off=where.directory_off + at)
-    return tuple(found)
+    return tuple(found.values())
 
 
 def _read_entry(directory: bytes, at: int, header: Header, path: str, host_off: int) -> tuple[BitmapEntry, int]:

@@ -32,7 +32,6 @@ EXTENDED_L2 = 1 << 4
 KNOWN_INCOMPATIBLE = DIRTY | CORRUPT | DATA_FILE | COMPRESSION_TYPE | EXTENDED_L2
 LAZY_REFCOUNTS = 1 << 0
 DATA_FILE_RAW = 1 << 1
-LUKS = 2
 
 COMPRESSION_TYPES = ("zlib", "zstd")
 AES, LUKS = 1, 2  # crypt_method
@@ -220,14 +219,14 @@ class _Parser:
         header = self.pread(cluster_size, 0)
         found = self.extensions(header, header_nbytes, extensions_end)
         unsupported = self.unsupported(incompatible, compression, crypt_method, found.features)
-        if (found.crypto is not None) != (crypt_method == LUKS):
-            raise self.bad("LUKS encryption and a pointer to its header come together or not at all", 32, crypt_method)
-        if found.crypto and found.crypto.host_off % cluster_size:
-            raise self.bad("the encryption header is not aligned to a cluster", value=found.crypto.host_off)
         if bool(incompatible & COMPRESSION_TYPE) != bool(compression):
             raise self.bad("the compression type and its feature bit contradict each other", V3_NBYTES_MIN, compression)
         if found.crypto and crypt_method != LUKS:
             raise self.bad("there is an encryption header, and the encryption method is not LUKS", 32, crypt_method)
+        if crypt_method == LUKS and not found.crypto:
+            raise self.bad("the encryption method is LUKS, and nothing points to its header", 32, crypt_method)
+        if found.crypto and found.crypto.host_off % cluster_size:
+            raise self.bad("the encryption header is not aligned to a cluster", value=found.crypto.host_off)
         if incompatible & EXTENDED_L2 and cluster_bits < 14:
             raise self.bad("cluster_bits is less than 14, with extended L2 entries", 20, cluster_bits)
         if refcount_order > 6:

@@ -335,7 +335,7 @@ def test_iterations_are_bounded(tmp_path: Path, empty: bytes, iterations: int, a
 
 
 POINTER = {
-    "no pointer": (0, u32(0x12345678), "come together"),
+    "no pointer": (0, u32(0x12345678), "nothing points to its header"),
     "not aligned": (8, struct.pack(">Q", 0x10200), "not aligned"),
     "beyond the end of the file": (8, struct.pack(">Q", 1 << 40), "past the end of the file"),
     "too short for a header": (16, struct.pack(">Q", 500), "shorter"),
@@ -355,5 +355,5 @@ def test_a_damaged_pointer(image: Encrypted, empty: bytes, damage: str) -> None:
 def test_a_pointer_without_encryption(image: Encrypted, empty: bytes) -> None:
     image.path.write_bytes(patched(empty, 32, u32(0)))
     assert image.read() is None
-    with pytest.raises(fastqcow.FormatError, match="come together"):
+    with pytest.raises(fastqcow.FormatError, match="not LUKS"):
         fastqcow.open(image.path)
