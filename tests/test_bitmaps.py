@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
-from cases import check_info, check_map
+from cases import check_commands
 from conftest import Qemu
 from fastqcow.cli import main
 from images import PAYLOAD, build, patched
@@ -178,8 +178,7 @@ def test_as_qemu_marks(qemu: Qemu, tmp_path: Path, granularity: str, capsys: pyt
     with fastqcow.open(path) as image:
         assert [b.name for b in image.bitmaps] == ["since backup"]
         assert list(image.bitmap("since backup")) == expected
-    check_map(qemu, path)
-    check_info(qemu, path)
+    check_commands(qemu, path)
     assert main(["bitmap", "--output=json", str(path), "since backup"]) == 0
     assert [tuple(found.values()) for found in json.loads(capsys.readouterr().out)] == expected
     assert main(["bitmap", str(path)]) == 0

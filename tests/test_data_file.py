@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import fastqcow
-from cases import check_info, check_map
+from cases import check_commands
 from conftest import Qemu
 from fastqcow.cli import main
 from images import COPIED, ZERO, build, compressed_entry, data_entry, extension, noise, patched
@@ -62,8 +62,7 @@ def test_extended_l2_entries(qemu: Qemu, folder: Path) -> None:
     path = write(folder, image_with(str(folder / "data.raw"), entries, extended=True))
     with fastqcow.open(path) as image:
         assert image.read() == DATA[:2048] + bytes(CLUSTER - 2048) + DATA[CLUSTER : 2 * CLUSTER] == qemu.read(path)
-    check_map(qemu, path)
-    check_info(qemu, path)
+    check_commands(qemu, path)
 
 
 @pytest.mark.parametrize("name", ["../data.raw", "/etc/passwd", "nbd://localhost/x", "json:{}"])
@@ -122,8 +121,7 @@ def test_bad_entries(qemu: Qemu, folder: Path, entry: int, reason: str, data_nby
     with fastqcow.open(path) as image, pytest.raises(fastqcow.FormatError, match=reason) as caught:
         image.read()
     assert caught.value.value == entry
-    check_map(qemu, path)
-    check_info(qemu, path)
+    check_commands(qemu, path)
 
 
 def test_given_file_counts_for_the_image_alone(folder: Path) -> None:
@@ -151,8 +149,7 @@ def test_as_qemu_makes_them(qemu: Qemu, tmp_path: Path, raw: str) -> None:
     qemu.io(path, "write -P 1 0 100k", "write -P 2 1M 1M", "write -z 64k 64k", "discard 1M 128k")
     with fastqcow.open(path) as image:
         assert image.read() == qemu.read(path)
-    check_map(qemu, path)
-    check_info(qemu, path)
+    check_commands(qemu, path)
     with pytest.raises(ValueError, match=r"d.raw: the image is read from this file"):
         fastqcow.convert(path, tmp_path / "d.raw")
 

@@ -1,4 +1,4 @@
-"""info: of images that can be read, and of those that cannot. Its fields are compared with QEMU's in oracle/test_map_info.py."""
+"""info: of images that can be read, and of those that cannot. Its fields are compared with QEMU's in oracle/test_commands.py."""
 
 from __future__ import annotations
 

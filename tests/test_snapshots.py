@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
-from cases import check_info, check_map
+from cases import check_commands
 from conftest import Qemu
 from fastqcow.cli import main
 from fastqcow.snapshots import SnapshotEntry
@@ -164,8 +164,7 @@ def history(request: pytest.FixtureRequest, qemu: Qemu, tmp_path: Path) -> Path:
 
 
 def test_snapshots_are_what_qemu_goes_back_to(qemu: Qemu, history: Path, tmp_path: Path) -> None:
-    check_map(qemu, history)
-    check_info(qemu, history)
+    check_commands(qemu, history)
     with fastqcow.open(history) as image:
         assert image.read() == qemu.read(history)
         assert [entry.name for entry in image.snapshots] == ["first", "second", "third"]

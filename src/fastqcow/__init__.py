@@ -6,6 +6,7 @@
 """
 
 from fastqcow.bitmaps import BitmapEntry, Range
+from fastqcow.checking import CheckResult, Finding, check
 from fastqcow.clusters import Engines, Kind, L2Table, build_info, inflate, inflate_into, parse_l2
 from fastqcow.comparison import Difference, checksum, compare
 from fastqcow.conversion import Conversion, convert
@@ -19,12 +20,14 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BitmapEntry",
+    "CheckResult",
     "Conversion",
     "CorruptWarning",
     "Difference",
     "Engines",
     "Error",
     "Extent",
+    "Finding",
     "FormatError",
     "Header",
     "Image",
@@ -37,6 +40,7 @@ __all__ = [
     "SnapshotEntry",
     "UnsupportedError",
     "build_info",
+    "check",
     "checksum",
     "compare",
     "convert",

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 
 from fastqcow import _inflate, header
 from fastqcow._reader import Crypt, Reader, Source
-from fastqcow.crypt import open_crypt
 from fastqcow.errors import CorruptWarning, FormatError, UnsupportedError, printable
 from fastqcow.header import Header
 from fastqcow.policy import open_backing, open_data_file
@@ -124,7 +123,10 @@ def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True
             if head.corrupt and warn:
                 warnings.warn(f"{printable(opened.path)}: the image is marked as corrupt", CorruptWarning, stacklevel=3)
             data, data_rule = open_data_file(opened, head, data_rule)
-            crypt = open_crypt(opened, head, options.password)
+            if head.encrypted:
+                from fastqcow.crypt import open_crypt  # what it imports takes longer than opening most images
+
+                crypt = open_crypt(opened, head, options.password)
         files.append((opened, head, data, crypt))
     headers = [head for _, head, _, _ in files if head]
     if sum(head.l1_entries * 8 for head in headers) > L1_NBYTES_MAX:

@@ -83,16 +83,14 @@ class Scheme:
         )
 
 
-def open_crypt(image: Source, header: Header, password: Password) -> Crypt | None:
-    """What decrypts an image's data clusters; None if they are not encrypted.
+def open_crypt(image: Source, header: Header, password: Password) -> Crypt:
+    """What decrypts the data clusters of an encrypted image.
 
     Raises:
         PasswordError: the password is missing or wrong. (Of the legacy AES encryption nothing tells that it is wrong.)
         FormatError: the encryption header is damaged.
         UnsupportedError: a cipher or a hash that no library here has.
     """
-    if not header.encrypted:
-        return None
     if callable(password):
         password = password(image.path)
     if password is None:

@@ -93,11 +93,11 @@ def image(qemu: Qemu, tmp_path: Path) -> Encrypted:
     return Encrypted(qemu, tmp_path / "disk.qcow2")
 
 
-def check(image: Encrypted, path: Path | None = None) -> None:
+def check(image: Encrypted, capsys: pytest.CaptureFixture[str]) -> None:
     expected = image.read()
     assert expected is not None
     rng = random.Random(1)
-    with fastqcow.open(path or image.path, password=PASSWORD) as disk:
+    with fastqcow.open(image.path, password=PASSWORD) as disk:
         assert disk.read() == expected
         for _ in range(50):
             offset, nbytes = rng.randrange(len(expected)), rng.choice((1, 15, 512, 700, 5000, 70_000))
@@ -107,6 +107,9 @@ def check(image: Encrypted, path: Path | None = None) -> None:
         assert b"".join(buffers) == expected[1023 : 1023 + sum(map(len, buffers))]
         fastqcow.convert(disk, image.path.with_suffix(".out"))
     assert image.path.with_suffix(".out").read_bytes() == expected
+    theirs = image.qemu.img("check", "--output=json", *image.secret, "--image-opts", image.options())
+    assert main(["check", "--output=json", str(image.path)]) == 0
+    assert json.loads(capsys.readouterr().out) == {**json.loads(theirs.stdout), "filename": str(image.path)}
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +133,7 @@ def check_info(image: Encrypted, capsys: pytest.CaptureFixture[str]) -> None:
 def test_made_by_qemu(image: Encrypted, capsys: pytest.CaptureFixture[str], options: str) -> None:
     image.create(options)
     image.fill()
-    check(image)
+    check(image, capsys)
     check_info(image, capsys)
 
 
@@ -139,7 +142,7 @@ def test_schemes(image: Encrypted, empty: bytes, capsys: pytest.CaptureFixture[s
     cipher, key_nbytes, mode, hash_name = scheme
     image.path.write_bytes(relocked(empty, PASSWORD.encode(), cipher=cipher, key_nbytes=key_nbytes, mode=mode, hash_name=hash_name))
     image.fill()
-    check(image)
+    check(image, capsys)
     check_info(image, capsys)
 
 
@@ -152,7 +155,7 @@ def test_geometries(image: Encrypted, capsys: pytest.CaptureFixture[str], geomet
     pattern = image.path.with_suffix(".pattern")
     pattern.write_bytes(mixed(600_064))
     image.io(f"write -s {pattern} 1536 600064", "write -P 9 2M 3k", "write -z 100k 8k")
-    check(image)
+    check(image, capsys)
     check_info(image, capsys)
 
 
@@ -166,7 +169,7 @@ def test_map(image: Encrypted, empty: bytes) -> None:
 
 
 @pytest.mark.parametrize("fmt", ["luks", "aes"])
-def test_snapshots_and_their_vm_state(image: Encrypted, fmt: str) -> None:
+def test_snapshots_and_their_vm_state(image: Encrypted, capsys: pytest.CaptureFixture[str], fmt: str) -> None:
     image.create("+cluster_size=4k", fmt=fmt)
     image.io("write -P 1 0 1M", "write -b -P 2 0 100k")
     opts = ("--image-opts", image.options())
@@ -174,7 +177,7 @@ def test_snapshots_and_their_vm_state(image: Encrypted, fmt: str) -> None:
     before = image.read()
     image.qemu.img("resize", *image.secret, "-q", "--image-opts", image.options(), "6M")
     image.io("write -P 3 512k 5M", "write -b -P 4 0 50k")
-    check(image)
+    check(image, capsys)
     # Outside of a machine, a snapshot is taken of what was saved of it, but not told of its length.
     raw = image.path.read_bytes()
     (table_off,) = struct.unpack_from(">Q", raw, 64)
@@ -212,10 +215,10 @@ def test_backing_files_with_passwords_of_their_own(qemu: Qemu, tmp_path: Path) -
     assert caught.value.path.endswith("base.qcow2")
 
 
-def test_an_external_data_file(image: Encrypted) -> None:
+def test_an_external_data_file(image: Encrypted, capsys: pytest.CaptureFixture[str]) -> None:
     image.create(f"+data_file={image.path.parent}/data.raw")
     image.io("write -P 1 64k 1M", "write -P 2 2M 10k")
-    check(image)
+    check(image, capsys)
 
 
 def test_passwords(image: Encrypted, empty: bytes) -> None:
@@ -254,10 +257,10 @@ def test_commands(image: Encrypted, empty: bytes, capsys: pytest.CaptureFixture[
 
 
 @pytest.mark.parametrize("slot", range(8))
-def test_every_key_slot(image: Encrypted, empty: bytes, slot: int) -> None:
+def test_every_key_slot(image: Encrypted, empty: bytes, capsys: pytest.CaptureFixture[str], slot: int) -> None:
     image.path.write_bytes(relocked(empty, PASSWORD.encode(), cipher="aes", key_nbytes=64, mode="xts-plain64", slot=slot))
     image.fill()
-    check(image)
+    check(image, capsys)
 
 
 def test_a_password_that_is_not_ascii(qemu: Qemu, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
-from cases import TRUNCATED, Case, Place, check, check_info, check_map, check_verdict, raises
+from cases import TRUNCATED, Case, Place, check, check_check, check_commands, check_info, check_map, check_verdict, raises
 from conftest import Qemu
 from images import (
     COPIED,
@@ -383,8 +383,7 @@ def test_refcounts(qemu: Qemu, tmp_path: Path, bits: int) -> None:
     with fastqcow.open(path) as image:
         assert image.header.refcount_order == bits.bit_length() - 1
         assert image.read() == qemu.read(path)
-    check_map(qemu, path)
-    check_info(qemu, path)
+    check_commands(qemu, path)
 
 
 def largest(cluster_bits: int, extended: bool) -> int:
@@ -422,6 +421,7 @@ def test_large_disks(qemu: Qemu, tmp_path: Path, cluster_bits: int, extended: bo
     for at in places:
         check_map(qemu, path, f"--start-offset={max(0, at - (8 << 20))}", f"--max-length={16 << 20}")
     check_info(qemu, path)
+    check_check(qemu, path)
 
 
 SIZES = (512, 9_728, 20_480, 30_208)
@@ -455,5 +455,4 @@ def test_backing_files_of_other_sizes(qemu: Qemu, tmp_path: Path, sizes: tuple[i
         below = path
     with fastqcow.open(path) as image:
         assert image.read() == qemu.read(path)
-    check_map(qemu, path)
-    check_info(qemu, path)
+    check_commands(qemu, path)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
-from cases import check_info, check_map
+from cases import check_commands
 from conftest import Qemu
 from images import mixed, noise, text
 
@@ -68,8 +68,7 @@ def test_every_way_to_read(qemu: Qemu, tmp_path: Path, geometry: tuple[int, bool
         assert image.read() == expected
     fastqcow.convert(path, tmp_path / "out.raw")
     assert (tmp_path / "out.raw").read_bytes() == expected
-    check_map(qemu, path)
-    check_info(qemu, path)
+    check_commands(qemu, path)
 
 
 def check_scattered(image: fastqcow.Image, expected: bytes, offset: int, nbytes: int, rng: random.Random) -> None:
@@ -111,8 +110,7 @@ def test_mixed_kinds_of_clusters(qemu: Qemu, tmp_path: Path, compat: str, cluste
     qemu.io(path, f"write -c -P 9 512k {cluster_size}", f"write -c -P 10 {1024 - 64}k {cluster_size}")
     with fastqcow.open(path) as image:
         assert image.read() == qemu.read(path)
-    check_map(qemu, path)
-    check_info(qemu, path)
+    check_commands(qemu, path)
 
 
 def test_subclusters(qemu: Qemu, tmp_path: Path) -> None:
@@ -131,5 +129,4 @@ def test_subclusters(qemu: Qemu, tmp_path: Path) -> None:
         assert image.read() == expected
         for offset in range(0, 1 << 20, 1536):
             assert image.pread(700, offset) == expected[offset : offset + 700]
-    check_map(qemu, path)
-    check_info(qemu, path)
+    check_commands(qemu, path)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
-from cases import check_info, check_map
+from cases import check_commands
 from conftest import Qemu
 from images import mixed
 
@@ -115,5 +115,4 @@ def check(qemu: Qemu, path: Path, rng: random.Random) -> None:
         assert image.read() == expected
         fastqcow.convert(image, path.with_suffix(".out"), sparse_size=rng.choice((0, 512, 4096, 65536)))
     assert path.with_suffix(".out").read_bytes() == expected
-    check_map(qemu, path)
-    check_info(qemu, path)
+    check_commands(qemu, path)

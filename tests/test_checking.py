@@ -1,0 +1,217 @@
+"""Checks: what they report, and that nothing in an image keeps them busy. What they count is compared with QEMU in oracle/."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+
+import pytest
+
+import fastqcow
+from fastqcow.checking import CheckResult, Finding, check
+from fastqcow.cli import main
+from images import COPIED, L1, L2, PAYLOAD, REFCOUNT_TABLE, build, compressed_entry, data_entry, patched, snapshot_entry, text
+
+CLUSTER = 1 << 16
+AT = PAYLOAD * CLUSTER
+
+
+def sound(*entries: int | tuple[int, int], payload: bytes = b"", clusters: int | None = None, **options: object) -> bytes:
+    """An image whose refcounts are right: of `clusters` clusters in use, one each; the last of them is the refcount block."""
+    image = build(entries, payload, **options)  # type: ignore[arg-type]
+    block = len(image) // CLUSTER
+    counts = b"".join(struct.pack(">H", 1) for _ in range(block + 1 if clusters is None else clusters))
+    image = patched(image, REFCOUNT_TABLE * CLUSTER, struct.pack(">Q", block * CLUSTER))
+    return image + counts.ljust(CLUSTER, b"\0")
+
+
+def findings(image: bytes) -> tuple[CheckResult, list[Finding]]:
+    found: list[Finding] = []
+    return check(io.BytesIO(image), report=found.append), found
+
+
+def test_sound() -> None:
+    result, found = findings(sound(data_entry(AT), 0, payload=bytes(CLUSTER)))
+    assert result == CheckResult(0, 0, 0, 0, 2, 1, 0, 0, 6 * CLUSTER)
+    assert not found
+
+
+def test_without_a_report() -> None:
+    assert check(io.BytesIO(build([0]))).corruptions > 0
+
+
+@pytest.mark.parametrize(
+    ("entry", "clusters"),
+    [
+        (COPIED | L1 * CLUSTER, [L1]),
+        (COPIED | L2 * CLUSTER, [L2]),
+        (COPIED | REFCOUNT_TABLE * CLUSTER, [REFCOUNT_TABLE]),
+        (COPIED | 4 * CLUSTER, [4]),
+        (compressed_entry(CLUSTER - 100, 5000, 16), [0, 1]),
+    ],
+)
+def test_overlaps(entry: int, clusters: list[int]) -> None:
+    result, found = findings(sound(entry))
+    assert [f.host_off for f in found if f.severity == "overlap"] == [cluster * CLUSTER for cluster in clusters]
+    assert result.overlaps == len(clusters)
+
+
+def test_an_overlap_that_the_refcounts_allow() -> None:
+    """QEMU's check has nothing to say against a data cluster on an L2 table, if its refcount is 2."""
+    image = sound(L2 * CLUSTER, l1=[L2 * CLUSTER])
+    image = patched(image, 4 * CLUSTER + 2 * L2, struct.pack(">H", 2))
+    result, (overlap,) = findings(image)
+    assert (result.corruptions, result.leaks, result.overlaps) == (0, 0, 1)
+    assert (overlap.severity, overlap.host_off, overlap.times) == ("overlap", L2 * CLUSTER, 1)
+
+
+def test_findings_say_where() -> None:
+    image = sound(0, 0, COPIED | AT | 1 << 57, payload=bytes(CLUSTER))
+    result, (found,) = findings(image)
+    assert result.corruptions == 1
+    assert found == Finding(
+        "corruption", "the L2 entry has reserved bits set", 1, 2 * CLUSTER, L2 * CLUSTER + 16, COPIED | AT | 1 << 57
+    )
+    assert str(found) == (
+        "the L2 entry has reserved bits set (guest offset 0x20000, host offset 0x30010, value 0x8200000000040000)"
+    )
+
+
+def test_neighbours_are_one_finding() -> None:
+    image = sound(0, payload=bytes(5 * CLUSTER))
+    result, (found,) = findings(image)
+    assert (result.leaks, found.severity, found.times) == (5, "leak", 5)
+    assert (found.host_off, found.refcount, found.references) == (AT, 1, 0)
+    assert "refcount 1, references 0, 5 times" in str(found)
+
+
+def test_exceptions_of_the_report_come_through() -> None:
+    def report(found: Finding) -> None:
+        raise RuntimeError(found.severity)
+
+    with pytest.raises(RuntimeError, match="corruption"):
+        check(io.BytesIO(build([0])), report=report)
+
+
+def test_other_files_are_not_opened(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(sound(0, backing=("nowhere", "qcow2")))
+    with pytest.raises(FileNotFoundError):
+        fastqcow.open(path)
+    assert check(path).corruptions == 0
+
+
+@pytest.mark.parametrize(
+    ("image", "error"),
+    [
+        (b"not an image", fastqcow.FormatError),
+        (patched(build([0]), 72, struct.pack(">Q", 1 << 40)), fastqcow.UnsupportedError),
+        (patched(build([0]), 60, struct.pack(">IQ", 1, 1 << 40)), fastqcow.FormatError),
+    ],
+)
+def test_what_cannot_be_checked(image: bytes, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        check(io.BytesIO(image))
+
+
+def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "disk.qcow2"
+    unaligned_block = patched(sound(0), REFCOUNT_TABLE * CLUSTER, struct.pack(">Q", 4 * CLUSTER + 512))
+    for image, code, said in (
+        (sound(0), 0, ""),
+        (build([0]), 2, "corruption: the COPIED flag"),
+        (sound(0, payload=bytes(CLUSTER)), 3, "leak: "),
+        (unaligned_block, 1, "could not be completed"),
+        (b"", 1, "the file is empty"),
+    ):
+        path.write_bytes(image)
+        assert main(["check", "-q", str(path)]) == code
+        captured = capsys.readouterr()
+        assert not captured.out
+        assert said in captured.err
+
+
+def test_an_overlap_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(patched(sound(L2 * CLUSTER, l1=[L2 * CLUSTER]), 4 * CLUSTER + 2 * L2, struct.pack(">H", 2)))
+    assert main(["check", str(path)]) == 0
+    assert "1 clusters are in use for different things at once." in capsys.readouterr().out
+    assert main(["check", "--output=json", str(path)]) == 0
+    assert '"overlaps": 1' in capsys.readouterr().out
+
+
+# What follows would take QEMU hours, or all memory.
+
+
+def test_an_l1_table_of_one_l2_table(tmp_path: Path) -> None:
+    """4 Mi entries, all of which point to a table whose entries all point to one cluster."""
+    entries = 4 << 20
+    image = build([data_entry(AT)] * 8192, bytes(CLUSTER), size=entries << 29 >> 1)
+    image = patched(image, 36, struct.pack(">IQ", entries, AT + CLUSTER))
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image + struct.pack(">Q", L2 * CLUSTER) * entries)
+    result = check(path)
+    assert result.allocated_clusters == entries * 8192
+
+
+def test_snapshots_whose_l1_tables_lie_over_each_other(tmp_path: Path) -> None:
+    """20,000 of them, each with an L1 table of 16 MiB, which is theirs together."""
+    entries, count = 2 << 20, 20_000
+    table = snapshot_entry(b"1", b"x", l1_off=AT, l1_entries=entries, extra=bytes(16)) * count
+    image = build([0], b"".join((struct.pack(">Q", L2 * CLUSTER), bytes(entries * 8 - 8))))
+    image = patched(image, 60, struct.pack(">IQ", count, len(image)))
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image + table)
+    found: list[Finding] = []
+    check(path, report=found.append)
+    assert any(f.references == count + 1 for f in found)
+
+
+def test_unaligned_l2_tables_are_not_read_without_end(tmp_path: Path) -> None:
+    """Each of 40,000 L1 entries points to 64 KiB of its own, 512 bytes farther on."""
+    entries = 40_000
+    image = patched(build([0]), 36, struct.pack(">IQ", entries, AT))
+    path = tmp_path / "disk.qcow2"
+    with path.open("wb") as f:
+        f.write(image + b"".join(struct.pack(">Q", (1 << 30) + 512 * i) for i in range(entries)))
+        f.truncate(2 << 30)
+    with pytest.raises(fastqcow.FormatError, match="not aligned than are worth a look"):
+        check(path)
+
+
+def test_a_file_of_holes(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(build([0], cluster_bits=9))
+    with path.open("r+b") as f:
+        f.truncate(512 << 30)
+    assert check(path).leaks == 0
+    with path.open("r+b") as f:
+        f.truncate(1 << 40)
+    with pytest.raises(fastqcow.FormatError, match="more clusters than can be counted"):
+        check(path)
+
+
+def test_counters_are_bounded(tmp_path: Path) -> None:
+    """Each entry of eight bytes refers to another stretch of the file, and so asks for a page of counters."""
+    path = tmp_path / "disk.qcow2"
+    tables = 26
+    entries = [struct.pack(">Q", COPIED | AT + (1 << 20) + i * (1 << 26)) for i in range(tables * 8192)]
+    image = patched(build([0]), 36, struct.pack(">IQ", tables, AT))
+    l1 = b"".join(struct.pack(">Q", COPIED | AT + (1 + i) * CLUSTER) for i in range(tables))
+    with path.open("wb") as f:
+        f.write(image + l1.ljust(CLUSTER, b"\0") + b"".join(entries))
+        try:
+            f.truncate(15 << 40)
+        except OSError:
+            pytest.skip("the file system has no files of 15 TiB")
+    with pytest.raises(fastqcow.FormatError, match="more clusters than can be counted"):
+        check(path)
+
+
+def test_streams_are_not_read() -> None:
+    """A check is about tables: that a stream is damaged is for a read to find."""
+    data = text(5000)
+    image = sound(compressed_entry(AT, len(data), 16), payload=data.ljust(CLUSTER, b"\1"))
+    result, _ = findings(image)
+    assert (result.corruptions, result.compressed_clusters) == (0, 1)
