@@ -107,7 +107,10 @@ def test_random_image(qemu: Qemu, tmp_path: Path, random_image_seed: int) -> Non
 
 def check(qemu: Qemu, path: Path, rng: random.Random) -> None:
     expected = qemu.read(path)
-    assert expected is not None
+    if expected is None:  # one that QEMU has damaged itself, with a compressed write into a cluster that a snapshot shares
+        with fastqcow.open(path) as image, pytest.raises(fastqcow.FormatError):
+            image.read()
+        return
     with fastqcow.open(path, threads=rng.choice((1, 3)), cache_size=rng.choice((0, 100_000, 1 << 25))) as image:
         for _ in range(30):
             offset, nbytes = rng.randrange(len(expected) + 1), rng.choice((1, 512, 5000, 100_000))
