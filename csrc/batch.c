@@ -159,6 +159,8 @@ static fq_status fetch_data(fq_job *job, const fq_run *run, fq_scratch *scratch,
             status = read_data(job, run, scratch, at - before, scratch->out, span, error);
             if (status == FQ_OK)
                 scatter(dest, at, scratch->out + before, n);
+            else if (error->guest_off < at)
+                error->guest_off = at;
         }
         if (status != FQ_OK)
             return status;

@@ -124,6 +124,8 @@ static fq_status collect_l2(fq_check *c, uint64_t l2_off, const l2_table *more, 
         c->unaligned_nbytes += fq_cluster_size(&c->options.geometry);
         if (c->unaligned_nbytes > UNALIGNED_NBYTES_MAX)
             return fq_fail(error, FQ_ERR_TOO_MANY_UNALIGNED, FQ_NOWHERE, l2_off, FQ_NOWHERE);
+        if (fq_check_cancelled(request))
+            return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
         return check_l2(c, l2_off, more, request, error);
     }
     if (!*page) {
@@ -184,11 +186,41 @@ fq_status fq_check_l1(fq_check *c, const fq_l1_range *range, const fq_request *r
         }
         if (status != FQ_OK)
             return status;
-        if (request && request->poll && request->poll(request->user, 0))
+        if (fq_check_cancelled(request))
             return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
     }
     return FQ_OK;
 }
+
+/* ---- bitmaps: an entry is a cluster of bits, or says that such a cluster would be all zeroes or all ones */
+
+fq_status fq_check_bitmap(fq_check *c, uint64_t table_off, uint64_t entries, uint32_t times, const fq_request *request,
+                          fq_error *error)
+{
+    const uint64_t cluster_size = fq_cluster_size(&c->options.geometry);
+
+    for (uint64_t done = 0, n; done < entries && table_off + done * 8 < c->file_nbytes; done += n) {
+        fq_status status;
+
+        n = entries - done < L1_SLICE_ENTRIES ? entries - done : L1_SLICE_ENTRIES;
+        status = fq_check_read(c, (uint8_t *)c->l1, (size_t)n * 8, table_off + done * 8, request, error);
+        for (uint64_t i = 0; i < n && status == FQ_OK; i++) {
+            const uint64_t entry = fq_load_be64((const uint8_t *)&c->l1[i]), host_off = entry & FQ_BITMAP_OFFSET_MASK;
+
+            if (entry & FQ_BITMAP_RESERVED_MASK || (host_off && (entry & 1 || host_off & (cluster_size - 1))))
+                return fq_fail(error, FQ_ERR_BITMAP_ENTRY, FQ_NOWHERE, table_off + (done + i) * 8, entry);
+            if (host_off)
+                status = fq_check_refer(c, FQ_ROLE_OTHER, FQ_NOWHERE, host_off, cluster_size, times, error);
+        }
+        if (status != FQ_OK)
+            return status;
+        if (fq_check_cancelled(request))
+            return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
+    }
+    return FQ_OK;
+}
+
+/* ---- the end */
 
 static fq_status check_collected(fq_check *c, const fq_request *request, fq_error *error)
 {
@@ -204,7 +236,7 @@ static fq_status check_collected(fq_check *c, const fq_request *request, fq_erro
             status = check_l2(c, ((page << L2_BITS) + i) << bits, table, request, error);
             if (status != FQ_OK)
                 return status;
-            if (request && request->poll && request->poll(request->user, 0))
+            if (fq_check_cancelled(request))
                 return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
         }
     }

@@ -42,6 +42,7 @@ struct fq_check {
     uint64_t *l1;
     uint8_t *l2;
     fq_check_counts counts;
+    uint64_t reports[FQ_FINDING_KINDS];
 };
 
 void fq_check_report(fq_check *check, const fq_finding *found, uint64_t times);
@@ -59,6 +60,11 @@ fq_status fq_check_stored(fq_check *check, uint64_t cluster, const fq_request *r
 /* The references of one range. The last cluster of a file may be cut; what lies farther behind its end is not there. */
 fq_status fq_check_refer(fq_check *check, fq_role role, uint64_t guest_off, uint64_t host_off, uint64_t nbytes, uint64_t times,
                          fq_error *error);
+static inline bool fq_check_cancelled(const fq_request *request)
+{
+    return request && request->poll && request->poll(request->user, 0);
+}
+
 /* Refcount blocks, and the refcounts in them against the references that were counted. */
 fq_status fq_check_compare(fq_check *check, const fq_request *request, fq_error *error);
 

@@ -47,6 +47,7 @@
     X(FQ_ERR_ZSTD, "the compressed cluster is not a valid zstd stream")                                       \
     X(FQ_ERR_INFLATED_SHORT, "the compressed cluster inflates to less than a cluster")                        \
     X(FQ_ERR_INFLATED_LONG, "the compressed cluster inflates to more than a cluster")                         \
+    X(FQ_ERR_BITMAP_ENTRY, "an entry of a bitmap's table is damaged")                                         \
     X(FQ_ERR_TOO_MANY_CLUSTERS, "the file has more clusters than can be counted")                             \
     X(FQ_ERR_TOO_MANY_UNALIGNED, "there are more L2 tables that are not aligned than are worth a look")
 
@@ -290,7 +291,11 @@ typedef enum fq_finding_kind {
 #define FQ_ENUM(name, severity, sentence) name,
     FQ_FINDINGS(FQ_ENUM)
 #undef FQ_ENUM
+        FQ_FINDING_KINDS
 } fq_finding_kind;
+
+/* Of each kind so many are reported. All are counted. */
+enum { FQ_CHECK_REPORTS_MAX = 1000 };
 
 const char *fq_finding_sentence(fq_finding_kind kind);
 fq_severity fq_finding_severity(fq_finding_kind kind);
@@ -330,6 +335,7 @@ typedef struct fq_check_counts {
     uint64_t corruptions, leaks, check_errors, overlaps;
     uint64_t allocated_clusters, compressed_clusters, fragmented_clusters; /* of the active L1 table */
     uint64_t image_end_off;                                                /* behind the last cluster in use */
+    uint64_t not_reported;                                                 /* findings */
 } fq_check_counts;
 
 /* Entries of L1 tables that lie side by side, and how many tables they belong to. */
@@ -347,6 +353,10 @@ void fq_check_close(fq_check *check);
 fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error);
 /* Check L1 entries and collect the L2 tables that they point to. The ranges that are given must not overlap. */
 fq_status fq_check_l1(fq_check *check, const fq_l1_range *range, const fq_request *request, fq_error *error);
+/* Check entries of bitmaps' tables that lie side by side, and belong to `times` tables. The ranges given must not overlap either.
+ */
+fq_status fq_check_bitmap(fq_check *check, uint64_t table_off, uint64_t entries, uint32_t times, const fq_request *request,
+                          fq_error *error);
 /* The rest, when everything is named: L2 tables, refcount blocks, and the refcounts against the references. */
 fq_status fq_check_finish(fq_check *check, const fq_request *request, fq_error *error);
 const fq_check_counts *fq_check_result(const fq_check *check);

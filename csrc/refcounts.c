@@ -47,7 +47,10 @@ void fq_check_report(fq_check *c, const fq_finding *found, uint64_t times)
         c->counts.check_errors += times;
     else
         c->counts.overlaps += times;
-    c->options.report(c->options.opaque, found, times);
+    if (c->reports[found->kind]++ < FQ_CHECK_REPORTS_MAX)
+        c->options.report(c->options.opaque, found, times);
+    else
+        c->counts.not_reported++;
 }
 
 void fq_check_report_at(fq_check *c, fq_finding_kind kind, uint64_t guest_off, uint64_t host_off, uint64_t value, uint64_t times)
@@ -158,7 +161,7 @@ fq_status fq_check_refer(fq_check *c, fq_role role, uint64_t guest_off, uint64_t
 
     if (nbytes == 0)
         return FQ_OK;
-    if (host_off > INT64_MAX - nbytes || host_off + nbytes >= c->file_nbytes + (UINT64_C(1) << bits)) {
+    if (nbytes > INT64_MAX || host_off > INT64_MAX - nbytes || host_off + nbytes >= c->file_nbytes + (UINT64_C(1) << bits)) {
         fq_check_report_at(c, FQ_FOUND_BEYOND_END, guest_off, host_off, nbytes, times);
         return FQ_OK;
     }
@@ -186,7 +189,7 @@ static uint64_t references(const fq_check *c, uint64_t cluster)
     return count < refcount_max(c) ? count : refcount_max(c);
 }
 
-static fq_status check_blocks(fq_check *c, fq_error *error)
+static fq_status check_blocks(fq_check *c, const fq_request *request, fq_error *error)
 {
     const unsigned bits = c->options.geometry.cluster_bits;
 
@@ -209,6 +212,8 @@ static fq_status check_blocks(fq_check *c, fq_error *error)
             if (references(c, block_off >> bits) != 1)
                 fq_check_report_at(c, FQ_FOUND_BLOCK_SHARED, FQ_NOWHERE, at, entry, 1);
         }
+        if (i % 4096 == 0 && fq_check_cancelled(request))
+            return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
     }
     return FQ_OK;
 }
@@ -268,7 +273,7 @@ fq_status fq_check_compare(fq_check *c, const fq_request *request, fq_error *err
 {
     found_run run = {.times = 0};
     uint64_t next, count = c->clusters;
-    fq_status status = check_blocks(c, error);
+    fq_status status = check_blocks(c, request, error);
 
     if (status != FQ_OK)
         return status;
@@ -298,7 +303,7 @@ fq_status fq_check_compare(fq_check *c, const fq_request *request, fq_error *err
             if (refcount != found.references)
                 extend_run(c, &run, &found);
         }
-        if (cluster % (1 << 16) == 0 && request && request->poll && request->poll(request->user, 0))
+        if (cluster % (1 << 16) == 0 && fq_check_cancelled(request))
             return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
     }
     end_run(c, &run);

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import os
 import struct
+import time
 from pathlib import Path
 
 import pytest
 
 import fastqcow
+from fastqcow._check import Checker
 from fastqcow.checking import CheckResult, Finding, check
 from fastqcow.cli import main
 from images import COPIED, L1, L2, PAYLOAD, REFCOUNT_TABLE, build, compressed_entry, data_entry, patched, snapshot_entry, text
@@ -33,7 +37,7 @@ def findings(image: bytes) -> tuple[CheckResult, list[Finding]]:
 
 def test_sound() -> None:
     result, found = findings(sound(data_entry(AT), 0, payload=bytes(CLUSTER)))
-    assert result == CheckResult(0, 0, 0, 0, 2, 1, 0, 0, 6 * CLUSTER)
+    assert result == CheckResult(0, 0, 0, 0, 2, 1, 0, 0, 6 * CLUSTER, 0)
     assert not found
 
 
@@ -86,12 +90,57 @@ def test_neighbours_are_one_finding() -> None:
     assert "refcount 1, references 0, 5 times" in str(found)
 
 
-def test_exceptions_of_the_report_come_through() -> None:
+def test_exceptions_of_the_report_end_it(tmp_path: Path) -> None:
+    """At once: what is left would be a terabyte of leaks that nobody hears of."""
+    called = []
+
     def report(found: Finding) -> None:
+        called.append(found)
         raise RuntimeError(found.severity)
 
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(full_of_leaks())
+    with path.open("r+b") as f:
+        f.truncate(1 << 39)
+    started = time.monotonic()
     with pytest.raises(RuntimeError, match="corruption"):
-        check(io.BytesIO(build([0])), report=report)
+        check(path, report=report)
+    assert len(called) == 1
+    assert time.monotonic() - started < 10
+
+
+def full_of_leaks() -> bytes:
+    """512-byte clusters and refcounts of 1 bit, every second one of which is set: no two leaks are neighbours."""
+    image = patched(build([0], cluster_bits=9), 96, struct.pack(">I", 0))
+    table = 4096 * 8
+    image = patched(image, 48, struct.pack(">QI", len(image), table // 512))
+    return image + struct.pack(">Q", len(image) + table) * 4096 + b"\xaa" * 512
+
+
+def test_many_findings_are_counted_but_not_told() -> None:
+    image = full_of_leaks()
+    result, found = findings(image + bytes(4096 * 512))
+    assert len([f for f in found if f.severity == "leak"]) == 1000
+    assert result.leaks > 2000
+    assert result.not_reported == result.leaks - 1000
+
+
+def test_check_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(sound(0))
+    gc.disable()
+    try:
+        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        for _ in range(10):
+            check(path)
+        assert not before or len(os.listdir("/proc/self/fd")) == before
+    finally:
+        gc.enable()
+
+
+def test_objects_of_the_bridge_are_not_made_by_hand() -> None:
+    with pytest.raises(ValueError, match="was not made"):
+        Checker.__new__(Checker).finish()
 
 
 def test_other_files_are_not_opened(tmp_path: Path) -> None:
@@ -108,6 +157,9 @@ def test_other_files_are_not_opened(tmp_path: Path) -> None:
         (b"not an image", fastqcow.FormatError),
         (patched(build([0]), 72, struct.pack(">Q", 1 << 40)), fastqcow.UnsupportedError),
         (patched(build([0]), 60, struct.pack(">IQ", 1, 1 << 40)), fastqcow.FormatError),
+        (patched(build([0]), 40, struct.pack(">Q", (1 << 63) - 2 * CLUSTER)), fastqcow.FormatError),
+        (patched(build([0]), 48, struct.pack(">Q", (1 << 63) - 2 * CLUSTER)), fastqcow.FormatError),
+        (patched(build([0]), 88, struct.pack(">Q", 2)), fastqcow.FormatError),
     ],
 )
 def test_what_cannot_be_checked(image: bytes, error: type[Exception]) -> None:
@@ -141,7 +193,40 @@ def test_an_overlap_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert '"overlaps": 1' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("nbytes", [(1 << 64) - CLUSTER, (1 << 64) - 2 * CLUSTER, (1 << 63) - CLUSTER, 1 << 63, 1 << 62])
+def test_an_encryption_header_without_end(nbytes: int) -> None:
+    """Its end is beyond what 64 bits can say."""
+    pointer = struct.pack(">IIQQ", 0x0537BE77, 16, CLUSTER, nbytes)
+    image = patched(build([0], extensions=pointer), 32, b"\0\0\0\2")
+    _, found = findings(image)
+    assert any(f.host_off == CLUSTER and f.value == nbytes for f in found)
+
+
+@pytest.mark.parametrize("l1_off", [(1 << 64) - CLUSTER, (1 << 63) - CLUSTER])
+def test_snapshots_whose_l1_tables_are_beyond_any_file(l1_off: int) -> None:
+    table = b"".join(snapshot_entry(b"1", b"x", l1_off=l1_off, l1_entries=n, extra=bytes(16)) for n in (16384, 32768))
+    image = build([0], table)
+    with pytest.raises(fastqcow.FormatError, match="beyond any file's end"):
+        findings(patched(image, 60, struct.pack(">IQ", 2, AT)))
+
+
 # What follows would take QEMU hours, or all memory.
+
+
+def test_bitmaps_that_share_a_table(tmp_path: Path) -> None:
+    """5,000 of them, with a table of 2^20 entries, most of which lie behind the end of the file."""
+    count = 5000
+    entries = [struct.pack(">QIIBBHI", AT, 8192, 1, 1, 16, 4, 0) + f"{i:04}".encode() + bytes(4) for i in range(count)]
+    directory = b"".join(entries)
+    extension = struct.pack(">IIIIQQ", 0x23852875, 24, count, 0, len(directory), AT + CLUSTER)
+    image = patched(
+        build([0], struct.pack(">Q", 1).ljust(CLUSTER, b"\0") + directory, extensions=extension), 88, struct.pack(">Q", 1)
+    )
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(image)
+    found: list[Finding] = []
+    check(path, report=found.append)
+    assert any(f.references == count for f in found)
 
 
 def test_an_l1_table_of_one_l2_table(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ cdef class Checker:
         cdef fq_error error
         cdef fq_status status
 
+        if self.c != NULL:
+            raise ValueError("a Checker is made once")
         self.source = source
         self.report = report
         self.request = Request()
@@ -91,11 +93,17 @@ cdef class Checker:
     def __dealloc__(self):
         _core.fq_check_close(self.c)
 
+    cdef int is_open(self) except -1:
+        if self.c == NULL:
+            raise ValueError("this Checker was not made")
+        return 0
+
     def use(self, int role, uint64_t host_off, uint64_t nbytes):
         """Count a reference to a range of the file."""
         cdef fq_error error
         cdef fq_status status
 
+        self.is_open()
         with nogil:
             status = _core.fq_check_use(self.c, <fq_role>role, host_off, nbytes, &error)
         check(status, &error, self.request, [(self.source.path, self.source.path)])
@@ -106,6 +114,7 @@ cdef class Checker:
         cdef fq_error error
         cdef fq_status status
 
+        self.is_open()
         found.l1_off = l1_off
         found.entries = entries
         found.l1_index = l1_index
@@ -115,11 +124,22 @@ cdef class Checker:
             status = _core.fq_check_l1(self.c, &found, &self.request.c, &error)
         check(status, &error, self.request, [(self.source.path, self.source.path)])
 
+    def bitmap(self, uint64_t table_off, uint64_t entries, uint32_t times):
+        """Check entries of bitmaps' tables that lie side by side, and belong to so many of them."""
+        cdef fq_error error
+        cdef fq_status status
+
+        self.is_open()
+        with nogil:
+            status = _core.fq_check_bitmap(self.c, table_off, entries, times, &self.request.c, &error)
+        check(status, &error, self.request, [(self.source.path, self.source.path)])
+
     def finish(self):
         """The rest; returns the counts by their names."""
         cdef fq_error error
         cdef fq_status status
 
+        self.is_open()
         with nogil:
             status = _core.fq_check_finish(self.c, &self.request.c, &error)
         check(status, &error, self.request, [(self.source.path, self.source.path)])

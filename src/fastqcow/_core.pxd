@@ -207,6 +207,7 @@ cdef extern from "fastqcow.h" nogil:
         uint64_t compressed_clusters
         uint64_t fragmented_clusters
         uint64_t image_end_off
+        uint64_t not_reported
 
     ctypedef struct fq_l1_range:
         uint64_t l1_off
@@ -220,5 +221,7 @@ cdef extern from "fastqcow.h" nogil:
     void fq_check_close(fq_check *check)
     fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error)
     fq_status fq_check_l1(fq_check *check, const fq_l1_range *range, const fq_request *request, fq_error *error)
+    fq_status fq_check_bitmap(fq_check *check, uint64_t table_off, uint64_t entries, uint32_t times, const fq_request *request,
+                              fq_error *error)
     fq_status fq_check_finish(fq_check *check, const fq_request *request, fq_error *error)
     const fq_check_counts *fq_check_result(const fq_check *check)

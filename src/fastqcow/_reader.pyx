@@ -61,6 +61,8 @@ cdef class Request:
 
 cdef int poll(void *user, uint64_t done_nbytes) noexcept with gil:
     request = <Request>user
+    if request.exception is not None:
+        return 1
     try:
         PyErr_CheckSignals()
         if request.progress is not None:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from fastqcow.errors import FormatError
 from fastqcow.header import Header, c_string
 
-__all__ = ["OFFSET_MASK", "BitmapEntry", "Range", "dirty_ranges", "read_directory"]
+__all__ = ["BitmapEntry", "Range", "dirty_ranges", "read_directory"]
 
 BITMAPS_MAX = 65535
 DIRECTORY_NBYTES_MAX = 1024 * BITMAPS_MAX
@@ -25,7 +25,7 @@ BITS_NBYTES_MAX = 512 << 20  # of one bitmap
 IN_USE = 1 << 0
 AUTO = 1 << 1
 _ENTRY = struct.Struct(">QIIBBHI")
-OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 _ONES = (1 << 64) - 1
 
 
@@ -82,8 +82,8 @@ def read_directory(pread: Callable[[int, int], bytes], header: Header, path: str
             raise FormatError(f"there are two bitmaps with the name {entry.name!r}", path=path, host_off=where.directory_off + at)
         found[entry.name] = entry
         at += nbytes
-    if at < len(directory):
-        raise FormatError("the bitmap directory goes on behind its last entry", path=path, host_off=where.directory_off + at)
+    if at != len(directory):
+        raise FormatError("the bitmap directory does not end with its last entry", path=path, host_off=where.directory_off + at)
     return tuple(found.values())
 
 
@@ -134,7 +134,7 @@ def _marked_words(
             f"the table of the bitmap {entry.name!r} runs past the end of the file", path=path, host_off=entry.table_off
         )
     for i, (cluster,) in enumerate(struct.iter_unpack(">Q", table)):
-        first, host_off = i * words * 64, cluster & OFFSET_MASK
+        first, host_off = i * words * 64, cluster & _OFFSET_MASK
         if host_off == 0:
             if cluster & 1:
                 yield first, _ONES, words

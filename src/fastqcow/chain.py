@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from fastqcow import _inflate, header
@@ -40,7 +40,7 @@ class Options:
 
     backing: Rule
     data_file: Rule
-    password: Password
+    password: Password = field(repr=False)
     threads: int
     cache_size: int
     engine: Literal["libdeflate", "libz"]

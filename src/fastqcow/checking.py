@@ -6,7 +6,6 @@ read: backing and external data files are not even opened, and no password is ne
 
 from __future__ import annotations
 
-import struct
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,9 +13,10 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from fastqcow import _check
-from fastqcow.bitmaps import OFFSET_MASK, BitmapEntry, read_directory
-from fastqcow.errors import UnsupportedError, place_text
+from fastqcow.bitmaps import read_directory
+from fastqcow.errors import FormatError, UnsupportedError, place_text
 from fastqcow.header import L1_NBYTES_MAX, Header
+from fastqcow.policy import check_data_file
 from fastqcow.snapshots import SnapshotEntry, read_table
 from fastqcow.source import open_source
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckResult", "Finding", "check"]
 
-_BITMAP_RESERVED = 0xFF00_0000_0000_01FE
+FILE_NBYTES_MAX = 0x7FFF_FFFF_C000_0000  # beyond which QEMU reads nothing
 _SEVERITIES = {
     _check.CORRUPTION: "corruption",
     _check.LEAK: "leak",
@@ -71,6 +71,7 @@ class CheckResult:
     """What a check has counted, as `qemu-img check` does, but for overlaps, which that does not know.
 
     The total, allocated, compressed and fragmented clusters are those of the disk. image_end_off: behind the last cluster in use.
+    not_reported: findings that were counted like the others, but of which a thousand of their kind had been reported.
     """
 
     corruptions: int
@@ -82,16 +83,17 @@ class CheckResult:
     compressed_clusters: int
     fragmented_clusters: int
     image_end_off: int
+    not_reported: int
 
 
 def check(source: Path | BinaryFile, *, report: Callable[[Finding], object] | None = None) -> CheckResult:
     """Check an image's tables and refcounts, without changing anything. Dirty images, and such as are marked as corrupt, too.
 
     Args:
-        report: called with each finding.
+        report: called with each finding, but no more than a thousand of each kind.
 
     Raises:
-        FormatError: the header, or the table of snapshots or bitmaps, is so damaged that nothing can be checked.
+        FormatError: the header, or a table of snapshots or bitmaps, is so damaged that nothing can be checked.
         UnsupportedError: a version or a feature that is not known.
         OSError: the file cannot be opened or read.
     """
@@ -99,7 +101,12 @@ def check(source: Path | BinaryFile, *, report: Callable[[Finding], object] | No
     header = Header.read(opened.pread, opened.path)
     if header.unsupported:
         raise UnsupportedError(header.unsupported, path=opened.path)
-    return _Check(opened, header, report or (lambda _: None)).run()
+    check_data_file(opened, header)
+    checking = _Check(opened, header, report or (lambda _: None))
+    try:
+        return checking.run()
+    finally:
+        del checking.checker  # which knows it, and would keep its memory and the file until a garbage collection
 
 
 class _Check:
@@ -141,13 +148,17 @@ class _Check:
         header, checker = self.header, self.checker
         snapshots = read_table(self.source.pread, header, self.source.path)
         bitmaps = read_directory(self.source.pread, header, self.source.path)
+        self.check_place("L1", header.l1_off, header.l1_entries * 8)
+        self.check_place("refcount", header.refcount_table_off, header.refcount_table_clusters * header.cluster_size)
         checker.use(_check.HEADER, 0, header.cluster_size)
         checker.use(_check.REFCOUNT_TABLE, header.refcount_table_off, header.refcount_table_clusters * header.cluster_size)
         if header.crypto:
             checker.use(_check.OTHER, header.crypto.host_off, header.crypto.nbytes)
         tables = self.check_snapshots(snapshots)
         for bitmap in bitmaps:
-            self.check_bitmap(bitmap)
+            checker.use(_check.OTHER, bitmap.table_off, bitmap.table_entries * 8)
+        for start, end, _, times in _disjoint((0, 0), [(bitmap.table_off, bitmap.table_entries) for bitmap in bitmaps]):
+            checker.bitmap(start, (end - start) // 8, times)
         if header.bitmaps and bitmaps:
             checker.use(_check.OTHER, header.bitmaps.directory_off, header.bitmaps.directory_nbytes)
         checker.use(_check.L1, header.l1_off, header.l1_entries * 8)
@@ -166,6 +177,7 @@ class _Check:
             compressed_clusters=counts["compressed_clusters"],
             fragmented_clusters=counts["fragmented_clusters"],
             image_end_off=counts["image_end_off"],
+            not_reported=counts["not_reported"],
         )
 
     def check_snapshots(self, snapshots: tuple[SnapshotEntry, ...]) -> list[tuple[int, int]]:
@@ -181,28 +193,22 @@ class _Check:
             elif entry.l1_entries * 8 > L1_NBYTES_MAX:
                 self.corruption(f"the L1 table of snapshot {entry.id} ({entry.name}) is too large", at, entry.l1_entries)
             else:
+                self.check_place(f"snapshot {entry.id} ({entry.name})'s L1", entry.l1_off, entry.l1_entries * 8)
                 tables.append((entry.l1_off, entry.l1_entries))
             at += entry.nbytes if i == len(snapshots) - 1 else entry.nbytes + 7 & ~7
         self.checker.use(_check.OTHER, header.snapshots_off, at - header.snapshots_off)
         return tables
 
-    def check_bitmap(self, bitmap: BitmapEntry) -> None:
-        nbytes = bitmap.table_entries * 8
-        self.checker.use(_check.OTHER, bitmap.table_off, nbytes)
-        table = self.source.pread(nbytes, bitmap.table_off).ljust(nbytes, b"\0")
-        for i, (entry,) in enumerate(struct.iter_unpack(">Q", table)):
-            host_off = entry & OFFSET_MASK
-            if entry & _BITMAP_RESERVED or (host_off and (entry & 1 or host_off % self.header.cluster_size)):
-                self.corruption(f"an entry of the table of the bitmap {bitmap.name!r} is damaged", bitmap.table_off + i * 8, entry)
-            elif host_off:
-                self.checker.use(_check.OTHER, host_off, self.header.cluster_size)
+    def check_place(self, name: str, off: int, nbytes: int) -> None:
+        if off + nbytes > FILE_NBYTES_MAX:
+            raise FormatError(f"the {name} table lies beyond any file's end", path=self.source.path, value=off)
 
 
 def _disjoint(active: tuple[int, int], inactive: list[tuple[int, int]]) -> Iterator[tuple[int, int, int, int]]:
-    """The stretches of the file in L1 tables, given as (offset, entries): start, end, and how many of each sort lie there.
+    """The stretches of the file in tables, given as (offset, entries): start, end, and how many of each sort lie there.
 
-    Snapshots share what has not changed, but not their L1 tables. Where these lie over each other all the same, as somebody might
-    make them to keep us busy, each entry is still read once.
+    Tables do not share their space. Where they lie over each other all the same, as somebody might make them to keep us busy, each
+    entry is still read once.
     """
     changes: defaultdict[int, list[int]] = defaultdict(lambda: [0, 0])
     for sort, (off, entries) in [(0, active), *((1, table) for table in inactive)]:

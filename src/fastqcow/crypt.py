@@ -89,19 +89,32 @@ def open_crypt(image: Source, header: Header, password: Password) -> Crypt:
     Raises:
         PasswordError: the password is missing or wrong. (Of the legacy AES encryption nothing tells that it is wrong.)
         FormatError: the encryption header is damaged.
+        TypeError, ValueError: something that is no password.
         UnsupportedError: a cipher or a hash that no library here has.
     """
     if callable(password):
         password = password(image.path)
     if password is None:
         raise PasswordError("the image is encrypted; its password is needed (password=, --password-file)", path=image.path)
-    secret = password.encode("utf-8", "surrogateescape") if isinstance(password, str) else bytes(password)
+    secret = _bytes_of(password)
     if header.crypt_method == AES:
         return Scheme("aes", "cbc", "plain64", None).crypt(secret[:16].ljust(16, b"\0"), by_guest_off=True)
     from fastqcow.luks import LuksHeader
 
     luks = LuksHeader.read(image.pread, header, image.path)
     return luks.scheme.crypt(luks.unlock(image.pread, secret), by_guest_off=False)
+
+
+def _bytes_of(password: str | bytes) -> bytes:
+    if isinstance(password, str):
+        try:
+            return password.encode("utf-8", "surrogateescape")
+        except UnicodeEncodeError:
+            # An error that held the password would be logged with it.
+            raise ValueError("the password has characters that are none") from None
+    if not isinstance(password, (bytes, bytearray, memoryview)):
+        raise TypeError(f"a password is text or bytes, not {type(password).__name__}")
+    return bytes(password)
 
 
 def block_cipher(name: str, key: bytes) -> BlockCipher:

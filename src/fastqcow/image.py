@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastqcow import _reader
@@ -195,7 +196,8 @@ def open(  # noqa: A001 - called as fastqcow.open
         CorruptWarning: the image is marked as corrupt.
     """
     options = make_options(backing, data_file, password, threads, cache_size, engine)
-    return Image(open_chain(source, options), options)
+    chain = open_chain(source, options)
+    return Image(chain, replace(options, password=None))  # the keys are made, and nobody needs it any more
 
 
 def open_raw(source: Path | BinaryFile, *, whole_sectors: bool = False, threads: int | None = None) -> DiskFile:

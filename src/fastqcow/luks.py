@@ -20,7 +20,7 @@ from fastqcow.header import Header
 
 __all__ = ["KeySlot", "LuksHeader"]
 
-ITERATIONS_MAX = 1 << 26  # half a minute; what takes a fast machine two seconds is a tenth of that
+HASHINGS_MAX = 1 << 27  # of all slots together: a minute; what QEMU takes two seconds a slot for is a tenth of that
 STRIPES = 4000
 SECTOR = 512
 HEADER_SECTORS = 8
@@ -150,11 +150,10 @@ class _Parser:
         if version != 1:
             raise self.unsupported("LUKS version", str(version))
         scheme = self.scheme(_text(cipher), _text(mode), key_nbytes)
-        if _text(hash_name) not in HASHES or _text(hash_name) not in hashlib.algorithms_available:
-            raise self.unsupported("hash", _text(hash_name))
+        digest_nbytes = self.digest_nbytes("hash", _text(hash_name))
         slots = tuple(self.slot(i, payload, key_nbytes) for i in range(_SLOTS))
         self.check_overlaps(slots, key_nbytes)
-        self.check_iterations(iterations)
+        self.check_iterations(iterations, slots, -(-key_nbytes // digest_nbytes), -(-len(digest) // digest_nbytes))
         return LuksHeader(
             path=self.path,
             host_off=self.host_off,
@@ -175,14 +174,15 @@ class _Parser:
         vectors, _, vectors_hash = rest.partition(":")
         if mode not in MODES:
             raise self.unsupported("cipher mode", specification)
-        if vectors not in VECTORS or (vectors_hash and vectors_hash not in HASHES):
+        if vectors not in VECTORS:
             raise self.unsupported("IV generator", rest)
+        vectors_key = self.digest_nbytes("IV generator's hash", vectors_hash) if vectors_hash or vectors == "essiv" else 0
         scheme = Scheme(cipher, mode, vectors, vectors_hash or None)
         sizes = KEY_NBYTES.get(cipher, ())
         if scheme.key_nbytes(key_nbytes) not in sizes or (mode == "xts" and (key_nbytes % 2 or cipher == "cast5")):
             raise self.unsupported("cipher", f"{cipher}-{specification} with a key of {key_nbytes} bytes")
         # The key of a vector is a digest as it is: its length has to be one that the cipher takes.
-        if vectors == "essiv" and (not vectors_hash or hashlib.new(vectors_hash).digest_size not in sizes or cipher == "cast5"):
+        if vectors == "essiv" and (vectors_key not in sizes or cipher == "cast5"):
             raise self.unsupported("IV generator", f"{rest} with {cipher}")
         return scheme
 
@@ -198,16 +198,30 @@ class _Parser:
         if key_sector + _slot_sectors(slot, key_nbytes) > payload:
             raise self.bad(f"key slot {i} lies where the data are", key_sector)
         if slot.active:
-            self.check_iterations(iterations)
             if slot.key_off + stripes * key_nbytes > self.room:
                 raise self.bad(f"key slot {i} runs past the end of the encryption header", key_sector)
             if stripes * key_nbytes % SECTOR:
                 raise self.bad(f"the key in slot {i} does not fill its sectors", stripes)
         return slot
 
-    def check_iterations(self, iterations: int) -> None:
-        if not 0 < iterations <= ITERATIONS_MAX:
-            raise self.bad(f"a key is to be hashed not at all, or more than {ITERATIONS_MAX} times", iterations)
+    def check_iterations(self, iterations: int, slots: tuple[KeySlot, ...], key_blocks: int, digest_blocks: int) -> None:
+        """What it takes to try a password on all slots. A derivation hashes for each block of its result anew."""
+        active = [slot for slot in slots if slot.active]
+        if iterations == 0 or any(slot.iterations == 0 for slot in active):
+            raise self.bad("a key is not to be hashed at all", 0)
+        hashings = sum(slot.iterations * key_blocks + iterations * digest_blocks for slot in active)
+        if hashings > HASHINGS_MAX:
+            raise self.bad(f"a password is to be hashed more than {HASHINGS_MAX} times", hashings)
+
+    def digest_nbytes(self, what: str, name: str) -> int:
+        """Of a hash that QEMU knows, and that Python's OpenSSL lets us use."""
+        try:
+            if name in HASHES:
+                hashlib.pbkdf2_hmac(name, b"", b"", 1)
+                return hashlib.new(name).digest_size
+        except ValueError:
+            pass
+        raise self.unsupported(what, name)
 
     def check_overlaps(self, slots: tuple[KeySlot, ...], key_nbytes: int) -> None:
         ranges = sorted((s.key_off // SECTOR, s.key_off // SECTOR + _slot_sectors(s, key_nbytes)) for s in slots)

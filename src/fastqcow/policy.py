@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     Gate: TypeAlias = Callable[[str, str | None, str], FixedRule]
     Rule: TypeAlias = FixedRule | Gate
 
-__all__ = ["named_path", "open_backing", "open_data_file"]
+__all__ = ["check_data_file", "named_path", "open_backing", "open_data_file"]
 
 _PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -42,10 +42,7 @@ def open_backing(image: Source, header: Header, rule: Rule) -> tuple[Source | No
 def open_data_file(image: Source, header: Header, rule: Rule) -> tuple[Source | None, Rule]:
     """The external data file, None where there is none; and the rule for those of the backing files."""
     if not header.has_data_file:
-        if header.autoclear & DATA_FILE_RAW:
-            raise FormatError(
-                "the external data file is raw, but there is none", path=image.path, host_off=88, value=header.autoclear
-            )
+        check_data_file(image, header)
         return None, rule if rule == "follow" or callable(rule) else None
     if header.data_file_name is None and (rule is None or rule == "follow" or callable(rule)):
         raise FormatError("the image has an external data file and does not name it; give it with data_file=", path=image.path)
@@ -53,6 +50,16 @@ def open_data_file(image: Source, header: Header, rule: Rule) -> tuple[Source | 
     if found is None:
         raise PolicyError("the image cannot be read without its external data file", path=image.path)
     return found, below
+
+
+def check_data_file(image: Source, header: Header) -> None:
+    """Whether there can be one at all, as the header's features say it.
+
+    Raises:
+        FormatError: they contradict each other.
+    """
+    if header.autoclear & DATA_FILE_RAW and not header.has_data_file:
+        raise FormatError("the external data file is raw, but there is none", path=image.path, host_off=88, value=header.autoclear)
 
 
 def _open(image: Source, name: str, fmt: str | None, rule: Rule, what: str, option: str) -> tuple[Source | None, Rule]:

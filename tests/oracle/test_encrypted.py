@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import struct
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 import fastqcow
 from conftest import Qemu
+from fastqcow.chain import make_options
 from fastqcow.cli import main
 from fastqcow.describe import info
 from images import mixed, patched
@@ -234,6 +237,34 @@ def test_passwords(image: Encrypted, empty: bytes) -> None:
             assert disk.pread(512, 0) == bytes(512)
     with pytest.raises(fastqcow.PasswordError, match="needed"):
         fastqcow.open(image.path, password=lambda path: None)
+    for number in (1234, 10**15):
+        with pytest.raises(TypeError, match="text or bytes, not int"):
+            fastqcow.open(image.path, password=number)  # type: ignore[arg-type]
+
+
+def test_passwords_are_not_told(image: Encrypted, empty: bytes) -> None:
+    image.path.write_bytes(empty)
+    with fastqcow.open(image.path, password=PASSWORD) as disk:
+        assert disk._options.password is None
+    assert PASSWORD not in repr(make_options(password=PASSWORD))
+    with pytest.raises(ValueError, match="characters that are none") as caught:
+        fastqcow.open(image.path, password=PASSWORD + "\ud800")
+    assert caught.value.__cause__ is None
+    assert not isinstance(caught.value, UnicodeEncodeError)
+
+
+@pytest.mark.parametrize("function", ["new", "pbkdf2_hmac"])
+def test_a_hash_that_openssl_does_not_let_us_use(
+    image: Encrypted, empty: bytes, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    def refuse(*_: object) -> NoReturn:
+        raise ValueError("disabled for FIPS")
+
+    image.path.write_bytes(empty)
+    monkeypatch.setattr(hashlib, function, refuse)
+    with pytest.raises(fastqcow.UnsupportedError, match="hash 'sha256'"):
+        fastqcow.open(image.path, password=PASSWORD)
+    assert "hash 'sha256'" in info(image.path)["unreadable"]
 
 
 def test_commands(image: Encrypted, empty: bytes, capsys: pytest.CaptureFixture[str]) -> None:
@@ -328,7 +359,7 @@ def test_a_damaged_header(image: Encrypted, empty: bytes, damage: str) -> None:
 
 
 # QEMU hashes for as long as the image says, be it an hour; and 0 times ends it.
-@pytest.mark.parametrize("iterations", [0, (1 << 26) + 1, 0xFFFFFFFF])
+@pytest.mark.parametrize("iterations", [0, (1 << 27) + 1, 0xFFFFFFFF])
 @pytest.mark.parametrize("at", [ITERATIONS, SLOTS + 4])
 def test_iterations_are_bounded(tmp_path: Path, empty: bytes, iterations: int, at: int) -> None:
     path = tmp_path / "disk.qcow2"

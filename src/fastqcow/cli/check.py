@@ -57,6 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(fields(result), indent=4))
     elif not arguments.quiet:
         print("\n".join(human(result)))
+    if result.not_reported:
+        print(f"fastqcow: {result.not_reported} more findings are counted, but not listed", file=sys.stderr)
     if result.check_errors:
         print("fastqcow: the check could not be completed", file=sys.stderr)
         return 1
