@@ -67,7 +67,8 @@ def extensions() -> list[Extension]:
         extension("_inflate", ["inflate", "scratch", "status"]),
         extension("_check", ["check", "refcounts", "source", "status"]),
         extension(
-            "_reader", ["batch", "cache", "crypt", "export", "inflate", "l2", "pool", "reader", "scratch", "source", "status"]
+            "_reader",
+            ["ahead", "batch", "cache", "crypt", "export", "inflate", "l2", "pool", "reader", "scratch", "source", "status"],
         ),
     ]
 

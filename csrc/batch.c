@@ -4,9 +4,9 @@
  * Compressed clusters that are neighbours in the file are fetched with one read, and each is inflated straight into the caller's
  * buffer; only a cluster that a buffer's border cuts goes through a buffer of ours.
  *
- * A cluster of which only a part is wanted goes through the cache, since the rest of it is likely to be asked for next. A whole
- * cluster is looked for in the cache but not put there: it would cost a copy, and a long read would fill the cache with what is
- * not asked for again.
+ * A cluster of which only a part is wanted goes through the cache, since the rest of it is likely to be asked for next. Whole
+ * clusters do if the request is a small one: who reads such pieces comes back to many of them. In a large one they are looked for
+ * in the cache but not put there: it would cost a copy, and push out what is asked for again.
  *
  * A compressed cluster that runs past the end of the file is inflated from the bytes that are there. QEMU adds zeroes to them, and
  * so takes a stream that was cut for one that happens to go on with zeroes; here it is an error.
@@ -44,6 +44,11 @@ static fq_status fail_in_run(fq_error *error, fq_status status, const fq_run *ru
 static bool is_whole(const fq_run *run)
 {
     return run->kind == FQ_COMPRESSED && run->skip == 0 && run->nbytes == fq_cluster_size(&run->layer->geometry);
+}
+
+static bool is_to_be_fetched(const fq_batch *b, size_t i)
+{
+    return is_whole(&b->runs[i]) && !b->hit[i] && !b->late[i];
 }
 
 /* ---- destinations */
@@ -200,7 +205,7 @@ static fq_status fetch_group(fq_job *job, fq_batch *b, fq_scratch *scratch, size
         const fq_run *run = &b->runs[i];
         const size_t rel = (size_t)(run->host_off - first->host_off);
 
-        if (!is_whole(run) || b->hit[i])
+        if (!is_to_be_fetched(b, i))
             continue;
         if (rel >= got)
             return fail_in_run(error, FQ_ERR_COMPRESSED_EOF, run, run->host_off, fq_source_size(run->layer->source));
@@ -222,6 +227,8 @@ static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch,
             continue;
         b->hit[i] = fq_cache_peek(run->layer->clusters, run->layer->owner, run->entry);
         if (!b->hit[i])
+            b->late[i] = fq_cache_look(run->layer->clusters, run->layer->owner, run->entry) != FQ_ABSENT;
+        if (is_to_be_fetched(b, i))
             capacity += run->in_nbytes + MERGE_GAP;
     }
     if (!fq_scratch_grow(&scratch->in, &scratch->in_capacity, capacity))
@@ -233,13 +240,13 @@ static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch,
         fq_status status;
 
         next = i + 1;
-        if (!is_whole(run) || b->hit[i])
+        if (!is_to_be_fetched(b, i))
             continue;
         for (; next < b->count; next++) {
             const fq_run *more = &b->runs[next];
             const uint64_t more_end = more->host_off + more->in_nbytes;
 
-            if (!is_whole(more) || b->hit[next])
+            if (!is_to_be_fetched(b, next))
                 continue;
             if (more->layer != run->layer || more->host_off < run->host_off || more->host_off > end + MERGE_GAP ||
                 more_end - run->host_off > MERGE_NBYTES)
@@ -270,7 +277,7 @@ fq_status fq_batch_fetch(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq
 }
 
 typedef struct cluster_fill {
-    fq_job *job;
+    const fq_request *request;
     const fq_run *run;
     fq_scratch *scratch;
     fq_error *error;
@@ -285,7 +292,7 @@ static fq_status fill_cluster(void *arg, uint8_t *data)
 
     if (!fq_scratch_grow(&f->scratch->in, &f->scratch->in_capacity, run->in_nbytes))
         return fail_in_run(f->error, FQ_ERR_NOMEM, run, FQ_NOWHERE, FQ_NOWHERE);
-    status = fq_source_read(run->layer->source, f->job->request, f->scratch->in, run->in_nbytes, run->host_off, &got, f->error);
+    status = fq_source_read(run->layer->source, f->request, f->scratch->in, run->in_nbytes, run->host_off, &got, f->error);
     if (status != FQ_OK) {
         f->error->guest_off = run->guest_off;
         f->error->depth = run->depth;
@@ -300,14 +307,20 @@ static fq_status fill_cluster(void *arg, uint8_t *data)
 static fq_status read_part_of_cluster(fq_job *job, const fq_run *run, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {
     fq_reader *layer = run->layer;
-    cluster_fill fill = {job, run, scratch, error};
-    fq_block *block;
-    bool filled;
-    fq_status status = fq_cache_get(layer->clusters, layer->owner, run->entry, (size_t)fq_cluster_size(&layer->geometry),
-                                    fill_cluster, &fill, &filled, &block);
+    fq_block *block = fq_cache_peek(layer->clusters, layer->owner, run->entry);
+    bool filled = false;
 
-    if (status != FQ_OK)
-        return filled ? status : fail_in_run(error, status, run, FQ_NOWHERE, FQ_NOWHERE);
+    if (!block) {
+        cluster_fill fill = {job->request, run, scratch, error};
+        fq_status status;
+
+        if (fq_cache_look(layer->clusters, layer->owner, run->entry) == FQ_COMING)
+            fq_ahead_help(job->reader, scratch);
+        status = fq_cache_get(layer->clusters, layer->owner, run->entry, (size_t)fq_cluster_size(&layer->geometry), fill_cluster,
+                              &fill, &filled, &block);
+        if (status != FQ_OK)
+            return filled ? status : fail_in_run(error, status, run, FQ_NOWHERE, FQ_NOWHERE);
+    }
     if (!filled)
         fq_count(&layer->cache_hits, 1);
     scatter(dest, run->guest_off, fq_block_data(block) + run->skip, run->nbytes);
@@ -315,7 +328,37 @@ static fq_status read_part_of_cluster(fq_job *job, const fq_run *run, fq_scratch
     return FQ_OK;
 }
 
-static fq_status read_whole_cluster(fq_batch *b, size_t i, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+typedef struct fetched_fill {
+    const fq_batch *b;
+    size_t i;
+    fq_scratch *scratch;
+    fq_error *error;
+} fetched_fill;
+
+static fq_status fill_fetched(void *arg, uint8_t *data)
+{
+    const fetched_fill *f = arg;
+
+    return inflate_run(&f->b->runs[f->i], f->scratch, f->scratch->in + f->b->in_at[f->i], f->b->in_got[f->i], data, f->error);
+}
+
+static fq_status read_and_keep(fq_batch *b, size_t i, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+{
+    const fq_run *run = &b->runs[i];
+    fetched_fill fill = {b, i, scratch, error};
+    fq_block *block;
+    bool filled;
+    fq_status status = fq_cache_get(run->layer->clusters, run->layer->owner, run->entry, (size_t)run->nbytes, fill_fetched, &fill,
+                                    &filled, &block);
+
+    if (status != FQ_OK)
+        return filled ? status : fail_in_run(error, status, run, FQ_NOWHERE, FQ_NOWHERE);
+    scatter(dest, run->guest_off, fq_block_data(block), run->nbytes);
+    fq_cache_release(run->layer->clusters, block, 0, (size_t)run->nbytes);
+    return FQ_OK;
+}
+
+static fq_status read_whole_cluster(fq_job *job, fq_batch *b, size_t i, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {
     const fq_run *run = &b->runs[i];
     uint64_t room;
@@ -327,6 +370,8 @@ static fq_status read_whole_cluster(fq_batch *b, size_t i, fq_scratch *scratch, 
         fq_count(&run->layer->cache_hits, 1);
         return FQ_OK;
     }
+    if (job->keep)
+        return read_and_keep(b, i, scratch, dest, error);
     if (room >= run->nbytes)
         return inflate_run(run, scratch, scratch->in + b->in_at[i], b->in_got[i], to, error);
     if (!fq_scratch_grow(&scratch->out, &scratch->out_capacity, (size_t)run->nbytes))
@@ -337,9 +382,25 @@ static fq_status read_whole_cluster(fq_batch *b, size_t i, fq_scratch *scratch, 
     return status;
 }
 
+/* Of an error nobody hears: whoever comes to this cluster will meet it. */
+void fq_batch_warm(const fq_run *run, fq_scratch *scratch)
+{
+    fq_reader *layer = run->layer;
+    fq_error error;
+    cluster_fill fill = {NULL, run, scratch, &error};
+    fq_block *block;
+    bool filled;
+
+    if (fq_cache_look(layer->clusters, layer->owner, run->entry) == FQ_ABSENT &&
+        fq_cache_get(layer->clusters, layer->owner, run->entry, (size_t)fq_cluster_size(&layer->geometry), fill_cluster, &fill,
+                     &filled, &block) == FQ_OK)
+        fq_cache_unpin(layer->clusters, block);
+}
+
 /*
- * The order matters: whole clusters first, out of scratch->in, which the parts of clusters then use again. Of several errors the
- * one with the lowest guest offset counts.
+ * The order matters: whole clusters first, out of scratch->in, which the parts of clusters then use again; and those that others
+ * are at work on after these, as the scratch serves for something else while they are waited for. Of several errors the one with
+ * the lowest guest offset counts.
  */
 fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {
@@ -351,14 +412,14 @@ fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const 
             const fq_run *run = &b->runs[i];
             fq_status status = FQ_OK;
 
-            if (run->kind == FQ_DATA || (run->kind == FQ_COMPRESSED && !is_whole(run)) != parts)
+            if (run->kind == FQ_DATA || (run->kind == FQ_COMPRESSED && (!is_whole(run) || b->late[i])) != parts)
                 continue;
             if (run->kind != FQ_COMPRESSED)
                 scatter(dest, run->guest_off, NULL, run->nbytes);
             else if (parts)
                 status = read_part_of_cluster(job, run, scratch, dest, &each);
             else
-                status = read_whole_cluster(b, i, scratch, dest, &each);
+                status = read_whole_cluster(job, b, i, scratch, dest, &each);
             if (status != FQ_OK && (error->status == FQ_OK || each.guest_off < error->guest_off))
                 *error = each;
         }

@@ -348,6 +348,33 @@ fq_block *fq_cache_peek(fq_cache *c, uint32_t owner, uint64_t key)
     return b;
 }
 
+fq_presence fq_cache_look(fq_cache *c, uint32_t owner, uint64_t key)
+{
+    const uint64_t hash = hash_of(owner, key);
+    shard *s = shard_of(c, hash);
+    fq_presence presence = FQ_ABSENT;
+    const fq_block *b;
+
+    pthread_mutex_lock(&s->lock);
+    b = find(c, s, hash, owner, key);
+    if (b && b->state == READY)
+        presence = FQ_PRESENT;
+    else if (b && b->state == FILLING && b->forks == forks)
+        presence = FQ_COMING;
+    pthread_mutex_unlock(&s->lock);
+    return presence;
+}
+
+void fq_cache_unpin(fq_cache *c, fq_block *b)
+{
+    shard *s = shard_of(c, hash_of(b->owner, b->key));
+
+    pthread_mutex_lock(&s->lock);
+    if (--b->pins == 0 && !b->listed)
+        free(b);
+    pthread_mutex_unlock(&s->lock);
+}
+
 void fq_cache_release(fq_cache *c, fq_block *b, size_t from, size_t to)
 {
     shard *s = shard_of(c, hash_of(b->owner, b->key));

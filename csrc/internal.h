@@ -52,6 +52,23 @@ bool fq_scratch_grow(uint8_t **buf, size_t *capacity, size_t nbytes);
  * waits for the others, calls idle(arg) some 20 times a second.
  */
 void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (*idle)(void *arg), void *arg);
+
+/* A job that nobody waits for. Zeroes but for fn and arg before it is first started. */
+typedef struct fq_pool_job {
+    struct fq_pool_job *next;
+    void (*fn)(void *arg, bool is_caller);
+    void *arg;
+    bool patient;    /* others come first */
+    unsigned wanted; /* more workers that may join */
+    unsigned active; /* workers inside fn */
+    unsigned forks;  /* of the process that the numbers are true for */
+    pthread_cond_t idle;
+} fq_pool_job;
+
+/* See to it that `helpers` workers are in fn(arg), or will be when they have time. */
+void fq_pool_start(fq_pool_job *job, unsigned helpers);
+/* No worker enters fn any more, and when this returns none is in it. */
+void fq_pool_stop(fq_pool_job *job);
 /* Wait on a condition for at most FQ_POLL_MS. */
 void fq_wait_briefly(pthread_cond_t *cond, pthread_mutex_t *lock);
 
@@ -77,13 +94,36 @@ fq_status fq_cache_get(fq_cache *cache, uint32_t owner, uint64_t key, size_t nby
                        fq_block **out);
 /* The block if it is there, else NULL. Does not wait. */
 fq_block *fq_cache_peek(fq_cache *cache, uint32_t owner, uint64_t key);
+/* Whether the block is there, or is being filled. */
+typedef enum fq_presence { FQ_ABSENT, FQ_COMING, FQ_PRESENT } fq_presence;
+fq_presence fq_cache_look(fq_cache *cache, uint32_t owner, uint64_t key);
 /* `from` and `to`: the part of the block that was used. Use that carries on where the last one ended is one use, not two. */
 void fq_cache_release(fq_cache *cache, fq_block *block, size_t from, size_t to);
+/* As release, but the block was not used: it was filled for others. */
+void fq_cache_unpin(fq_cache *cache, fq_block *block);
 const uint8_t *fq_block_data(const fq_block *block);
 
 /* ---- reader.c, l2.c */
 
 enum { FQ_TABLE_SLICE_BITS = 16, FQ_TABLE_SLICE_NBYTES = 1 << FQ_TABLE_SLICE_BITS }; /* L2 tables are read so much at a time */
+
+enum { FQ_STREAMS = 8 };
+
+/* Reads that continue one another, and what is to be inflated before the next one: clusters from `claimed` to `limit`. */
+typedef struct fq_stream {
+    uint64_t next, read_nbytes, claimed, limit;
+    uint64_t used_at; /* 0: never */
+} fq_stream;
+
+typedef struct fq_ahead {
+    pthread_mutex_t lock;
+    fq_stream streams[FQ_STREAMS];
+    uint64_t clock;
+    uint64_t unit;                /* bytes of disk that are claimed at a time: a power of two */
+    uint64_t window_max;          /* 0: no read-ahead */
+    atomic_bool stop, worthwhile; /* the last read met compressed clusters */
+    fq_pool_job job;
+} fq_ahead;
 
 struct fq_reader {
     fq_source *source;
@@ -98,6 +138,8 @@ struct fq_reader {
     unsigned threads;
     fq_cache *tables, *clusters;
     fq_crypt crypt;
+    uint64_t keep_nbytes; /* smaller reads keep whole clusters */
+    fq_ahead ahead;
     bool ordered; /* some source of the chain wants its reads in order */
     atomic_uint_fast64_t clusters_inflated, cache_hits, bytes_fetched, bytes_returned;
 };
@@ -136,6 +178,7 @@ typedef struct fq_batch {
     size_t count;
     fq_run runs[FQ_BATCH_RUNS];
     fq_block *hit[FQ_BATCH_RUNS]; /* the cached cluster of a whole compressed run, if there is one */
+    bool late[FQ_BATCH_RUNS];     /* it is being inflated by somebody else: to be waited for, but last */
     size_t in_at[FQ_BATCH_RUNS];  /* else where its bytes lie in scratch->in, ... */
     size_t in_got[FQ_BATCH_RUNS]; /* ... and how many of them the file had */
 } fq_batch;
@@ -153,6 +196,8 @@ typedef struct fq_job fq_job;
 fq_status fq_batch_fetch(fq_job *job, fq_batch *batch, fq_scratch *scratch, const fq_dest *dest, fq_error *error);
 /* Inflate what was fetched, and fill in the zeroes. */
 fq_status fq_batch_inflate(fq_job *job, fq_batch *batch, fq_scratch *scratch, const fq_dest *dest, fq_error *error);
+/* Inflate the cluster of a compressed run into the cache, if nobody does or has done so. */
+void fq_batch_warm(const fq_run *run, fq_scratch *scratch);
 /* Unpin what fetch has pinned, if it did. */
 void fq_batch_release(fq_batch *batch);
 
@@ -172,6 +217,8 @@ struct fq_job {
     pthread_cond_t turn;
     bool fetching;         /* an ordered source is being read; the next one waits for its turn */
     uint64_t cursor;       /* the first byte that nobody has claimed */
+    bool keep;             /* put whole clusters into the cache */
+    bool compressed;       /* some run was */
     fq_run rest;           /* what is known of the run there; nbytes 0: nothing */
     fq_error error;        /* the first one by guest offset */
     atomic_bool stop;      /* claim no more: what is claimed is finished, so that the lowest error is found */
@@ -185,6 +232,17 @@ void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nb
 void fq_job_poll(void *job);
 /* Work the job off with up to `threads` threads. */
 fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error);
+
+/* ---- ahead.c: clusters inflated before they are asked for */
+
+void fq_ahead_open(fq_reader *reader, size_t cache_nbytes);
+void fq_ahead_close(fq_reader *reader);
+/* A read begins: see what comes next. */
+void fq_ahead_note(fq_reader *reader, uint64_t guest_off, uint64_t nbytes);
+/* It is done, and has met compressed clusters or not. */
+void fq_ahead_learn(fq_reader *reader, bool compressed);
+/* Something useful to do for a thread that has to wait for a cluster. */
+void fq_ahead_help(fq_reader *reader, fq_scratch *scratch);
 
 static inline void fq_count(atomic_uint_fast64_t *counter, uint64_t n)
 {

@@ -18,18 +18,9 @@ enum {
     WORKER_STACK_NBYTES = 1 << 20, /* a source's callback runs on it, and with it the interpreter */
 };
 
-typedef struct pool_job {
-    struct pool_job *next;
-    void (*fn)(void *arg, bool is_caller);
-    void *arg;
-    unsigned wanted; /* more workers that may join */
-    unsigned active; /* workers inside fn */
-    pthread_cond_t idle;
-} pool_job;
-
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t work = PTHREAD_COND_INITIALIZER;
-static pool_job *jobs; /* those that want workers, oldest first */
+static fq_pool_job *jobs; /* those that want workers, oldest first, patient ones last */
 static unsigned workers;
 static unsigned forks; /* how many lie between the process that started the pool and this one */
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -59,9 +50,9 @@ static void set_up(void)
     pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
 }
 
-static void unlist(pool_job *job)
+static void unlist(fq_pool_job *job)
 {
-    pool_job **at = &jobs;
+    fq_pool_job **at = &jobs;
 
     while (*at && *at != job)
         at = &(*at)->next;
@@ -74,7 +65,7 @@ static void *worker_main(void *unused)
     (void)unused;
     pthread_mutex_lock(&lock);
     for (;;) {
-        pool_job *job = jobs;
+        fq_pool_job *job = jobs;
 
         if (!job) {
             pthread_cond_wait(&work, &lock);
@@ -132,8 +123,8 @@ void fq_wait_briefly(pthread_cond_t *cond, pthread_mutex_t *held)
 
 void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (*idle)(void *arg), void *arg)
 {
-    pool_job job = {.fn = fn, .arg = arg, .wanted = helpers};
-    pool_job **tail = &jobs;
+    fq_pool_job job = {.fn = fn, .arg = arg, .wanted = helpers};
+    fq_pool_job **tail = &jobs;
     unsigned forks_before;
 
     if (helpers == 0) {
@@ -145,8 +136,9 @@ void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (
     pthread_mutex_lock(&lock);
     forks_before = forks;
     start_workers(helpers);
-    while (*tail)
+    while (*tail && !(*tail)->patient)
         tail = &(*tail)->next;
+    job.next = *tail;
     *tail = &job;
     for (unsigned i = 0; i < helpers; i++)
         pthread_cond_signal(&work);
@@ -165,4 +157,47 @@ void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (
     }
     pthread_mutex_unlock(&lock);
     pthread_cond_destroy(&job.idle);
+}
+
+void fq_pool_start(fq_pool_job *job, unsigned helpers)
+{
+    fq_pool_job **tail = &jobs;
+
+    pthread_once(&once, set_up);
+    pthread_mutex_lock(&lock);
+    if (!job->patient || job->forks != forks) {
+        job->patient = true;
+        job->forks = forks;
+        job->wanted = job->active = 0;
+        pthread_cond_init(&job->idle, NULL);
+    }
+    if (job->active + job->wanted < helpers) {
+        const unsigned more = helpers - job->active - job->wanted;
+
+        start_workers(helpers);
+        if (job->wanted == 0) {
+            while (*tail)
+                tail = &(*tail)->next;
+            job->next = NULL;
+            *tail = job;
+        }
+        job->wanted += more;
+        for (unsigned i = 0; i < more; i++)
+            pthread_cond_signal(&work);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+void fq_pool_stop(fq_pool_job *job)
+{
+    pthread_mutex_lock(&lock);
+    if (job->patient && job->forks == forks) {
+        if (job->wanted > 0)
+            unlist(job);
+        job->wanted = 0;
+        while (job->active > 0)
+            pthread_cond_wait(&job->idle, &lock);
+        pthread_cond_destroy(&job->idle);
+    }
+    pthread_mutex_unlock(&lock);
 }

@@ -24,7 +24,8 @@ enum {
     ZEROES_NBYTES_MAX = 64 << 20,   /* to be written at a time */
 };
 
-static fq_reader *new_reader(fq_source *source, fq_source *data, fq_reader *backing, fq_reader *sibling, const fq_reader_options *o)
+static fq_reader *new_reader(fq_source *source, fq_source *data, fq_reader *backing, fq_reader *sibling, bool raw,
+                             const fq_reader_options *o)
 {
     const fq_reader *shared = sibling ? sibling : backing;
     fq_reader *r = calloc(1, sizeof(*r));
@@ -38,7 +39,10 @@ static fq_reader *new_reader(fq_source *source, fq_source *data, fq_reader *back
     r->size = o->size;
     r->threads = o->threads ? o->threads : 1;
     r->crypt = o->crypt;
+    r->raw = raw;
     r->ordered = fq_source_ordered(source) || fq_source_ordered(r->data) || (backing && backing->ordered);
+    r->keep_nbytes = o->cluster_cache_nbytes / 8 < BATCH_NBYTES_MAX ? o->cluster_cache_nbytes / 8 : BATCH_NBYTES_MAX;
+    fq_ahead_open(r, o->cluster_cache_nbytes);
     r->tables = shared ? fq_cache_ref(shared->tables) : fq_cache_new(o->table_cache_nbytes, FQ_TABLE_SLICE_NBYTES);
     r->clusters = shared ? fq_cache_ref(shared->clusters) : fq_cache_new(o->cluster_cache_nbytes, o->largest_cluster);
     if (!r->tables || !r->clusters) {
@@ -51,11 +55,10 @@ static fq_reader *new_reader(fq_source *source, fq_source *data, fq_reader *back
 
 fq_status fq_reader_open_raw(fq_source *source, const fq_reader_options *o, fq_reader **out, fq_error *error)
 {
-    fq_reader *r = new_reader(source, NULL, NULL, NULL, o);
+    fq_reader *r = new_reader(source, NULL, NULL, NULL, true, o);
 
     if (!r)
         return fq_fail(error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
-    r->raw = true;
     *out = r;
     return FQ_OK;
 }
@@ -72,7 +75,7 @@ fq_status fq_reader_open_qcow2(fq_source *source, fq_source *data, fq_reader *ba
         (o->geometry.extended_l2 && o->geometry.cluster_bits < 14) || o->size > INT64_MAX ||
         (unsigned)o->geometry.codec >= FQ_CODEC_COUNT)
         return fq_fail(error, FQ_ERR_ARGUMENT, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
-    r = new_reader(source, data, backing, sibling, o);
+    r = new_reader(source, data, backing, sibling, false, o);
     if (!r || !(r->l1 = malloc(l1_nbytes ? l1_nbytes : 1))) {
         status = fq_fail(error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
         goto fail;
@@ -97,6 +100,7 @@ void fq_reader_close(fq_reader *r)
 {
     if (!r)
         return;
+    fq_ahead_close(r);
     fq_cache_unref(r->tables);
     fq_cache_unref(r->clusters);
     free(r->l1);
@@ -174,7 +178,10 @@ static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
         } else if (run->nbytes > room && run->kind != FQ_COMPRESSED) {
             cut_run(job, run, room);
         }
+        if (run->kind == FQ_COMPRESSED)
+            job->compressed = true;
         b->hit[b->count] = NULL;
+        b->late[b->count] = false;
         b->count++;
         b->nbytes += run->nbytes;
         job->cursor += run->nbytes;
@@ -373,6 +380,8 @@ fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint6
         return fq_fail(error, FQ_ERR_ARGUMENT, guest_off, FQ_NOWHERE, nbytes);
     if (nbytes == 0)
         return FQ_OK;
+    if (nbytes < BATCH_NBYTES_MAX)
+        fq_ahead_note(r, guest_off, nbytes);
     if (threads > 1) {
         status = worth_threads(r, guest_off, nbytes, request, &worth, error);
         if (status != FQ_OK)
@@ -382,11 +391,15 @@ fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint6
     }
     fq_job_init(&job, r, guest_off, nbytes, request);
     job.dest = &dest;
+    job.keep = nbytes < r->keep_nbytes;
     /* Four batches a thread even out what one cluster costs more than another. */
     if (threads > 1 && nbytes / threads / 4 < job.batch_nbytes)
         job.batch_nbytes = nbytes / threads / 4 > BATCH_NBYTES_MIN ? nbytes / threads / 4 : BATCH_NBYTES_MIN;
     status = fq_job_run(&job, threads, error);
-    if (status == FQ_OK)
+    if (status == FQ_OK) {
         fq_count(&r->bytes_returned, nbytes);
+        if (nbytes < BATCH_NBYTES_MAX)
+            fq_ahead_learn(r, job.compressed);
+    }
     return status;
 }

@@ -1,8 +1,8 @@
 # The declarations of csrc/fastqcow.h, where everything is documented. The contract of this boundary:
 #
-# * Everything here is called without the GIL, but for the *_new, *_free and *_close functions, which do not block.
-# * A callback given to the core (fq_read_fn, fq_cipher_fn, poll, report) takes the GIL itself, raises nothing, and leaves its exception in the object that
-#   fq_request.user points to.
+# * Everything here is called without the GIL, but for the *_new, *_free and fq_check_close functions, which do not block.
+# * A callback given to the core (fq_read_fn, fq_cipher_fn, poll, report) takes the GIL itself, raises nothing, and leaves its exception
+#   in the object that fq_request.user points to.
 # * Pointers given to the core stay valid until the call returns; sources and backing readers until the reader is closed. The objects
 #   of _reader.pyx hold references to see to that.
 

@@ -293,7 +293,8 @@ cdef class Reader:
         raise TypeError("a Reader is made by raw or qcow2")
 
     def __dealloc__(self):
-        _core.fq_reader_close(self.c)
+        with nogil:  # it waits for a worker that is still inflating ahead
+            _core.fq_reader_close(self.c)
 
     @staticmethod
     cdef Reader create(Source source, Source data, Reader backing, uint64_t size):

@@ -178,9 +178,9 @@ def open(  # noqa: A001 - called as fastqcow.open
             itself, the other rules for its backing files too.
         password: of an encrypted image, and of its encrypted backing files: text, which stands for UTF-8, or bytes of a key file.
             A function: it is called with the path of each encrypted file, and returns its password.
-        threads: at most so many threads work on one read, the calling one included; by default one for each CPU that the process
-            may use.
-        cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default.
+        threads: at most so many threads work on one read, the calling one included, and ahead of it where small reads follow each
+            other; by default one for each CPU that the process may use.
+        cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default. A quarter of it is for those that are read ahead.
         engine: what inflates deflate clusters: "libdeflate" (where it is built in, see `build_info`) or "libz", the reference. By
             default the environment variable FASTQCOW_ENGINE, or libdeflate.
 

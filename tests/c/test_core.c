@@ -373,6 +373,58 @@ static void test_threads(void)
     free_image(&m);
 }
 
+/* One thread reads from start to end in small pieces, so that workers inflate ahead of it. */
+static void *stroll_main(void *arg)
+{
+    hammer *h = arg;
+    const size_t step = 1000 * h->seed;
+    uint8_t *part = malloc(step);
+    fq_error error;
+
+    for (size_t off = 0; off < h->m->size; off += step) {
+        const size_t n = h->m->size - off < step ? h->m->size - off : step;
+
+        CHECK(read_at(h->reader, part, n, off, &error) == FQ_OK);
+        CHECK(memcmp(part, h->m->contents + off, n) == 0);
+    }
+    free(part);
+    return NULL;
+}
+
+/* Several streams at once; and readers that are closed while workers are still inflating for them. */
+static void test_read_ahead(size_t cache)
+{
+    image m = make_image(FQ_CODEC_DEFLATE);
+    const int fd = temporary_file(m.file, m.nbytes);
+    fq_source *source = fq_source_fd(fd, false);
+
+    for (int i = 0; i < 10; i++) {
+        fq_reader *reader = open_image(&m, source, NULL, 3, cache);
+        pthread_t threads[3];
+        hammer hammers[3];
+
+        for (unsigned k = 0; k < 3; k++) {
+            hammers[k] = (hammer){reader, &m, k * k * 20 + 1};
+            CHECK(pthread_create(&threads[k], NULL, stroll_main, &hammers[k]) == 0);
+        }
+        for (unsigned k = 0; k < 3; k++)
+            pthread_join(threads[k], NULL);
+        fq_reader_close(reader);
+    }
+    for (size_t parts = 1; parts <= 30; parts++) {
+        fq_reader *reader = open_image(&m, source, NULL, 3, cache);
+        uint8_t piece[4096];
+        fq_error error;
+
+        for (size_t off = 0; off < parts * sizeof(piece) * 4; off += sizeof(piece))
+            CHECK(read_at(reader, piece, sizeof(piece), off, &error) == FQ_OK);
+        fq_reader_close(reader);
+    }
+    fq_source_free(source);
+    close(fd);
+    free_image(&m);
+}
+
 static int stop_at_once(void *user, uint64_t done)
 {
     (void)done;
@@ -624,6 +676,8 @@ int main(void)
     }
     test_failing_source();
     test_threads();
+    test_read_ahead(16 * CLUSTER);
+    test_read_ahead(3 * CLUSTER);
     test_backing_and_map();
     test_open_refuses();
     test_cancel();

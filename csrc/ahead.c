@@ -1,0 +1,170 @@
+/*
+ * ahead.c - read-ahead: the clusters that a reader of small pieces will want next are inflated by workers meanwhile
+ *
+ * Who reads a compressed image in order, piece by piece, inflates on one core while the others sleep. So reads that continue one
+ * another are recognised, as one of several streams, and behind the last one a window of clusters is inflated into the cache. The
+ * window is twice as long as what the stream has read, up to a limit, but for its last read if that is a small one: single small
+ * reads cost nothing, a long run gets all threads. A jump starts another stream, and what the least recent one still had before it
+ * is dropped.
+ *
+ * Workers claim one cluster at a time. A reader that comes to a cluster which is being inflated does not wait idly either, but
+ * claims the next one (fq_ahead_help): so reader and workers together reach the speed of all threads.
+ *
+ * What must hold: the window is at most a quarter of the cache's budget, or clusters would be pushed out before they are read.
+ * Errors are not kept: the reader meets them itself when it comes there. The lock is only ever tried by those who read, so that
+ * many threads do not queue here, and that a child after fork, in which it may be held for good, does without read-ahead.
+ */
+#include "internal.h"
+#include "layout.h"
+
+enum {
+    GAP_NBYTES = 128 << 10,    /* a read so far behind the last one, or less, continues it: file systems skip what they know */
+    THREAD_NBYTES = 512 << 10, /* of window for each thread */
+    UNIT_NBYTES_MIN = 64 << 10,
+    LONG_NBYTES = 16 << 10, /* a read of so much is one of several, as likely as not */
+};
+
+/* Called with the lock. The next cluster that some stream wants, in *guest_off; false if there is none. */
+static bool claim(fq_reader *r, uint64_t *guest_off)
+{
+    fq_stream *found = NULL;
+
+    for (size_t i = 0; i < FQ_STREAMS; i++) {
+        fq_stream *s = &r->ahead.streams[i];
+
+        if (s->claimed < s->limit && (!found || s->used_at > found->used_at))
+            found = s;
+    }
+    if (!found)
+        return false;
+    *guest_off = found->claimed;
+    found->claimed = (found->claimed | (r->ahead.unit - 1)) + 1;
+    return true;
+}
+
+static void inflate_ahead(fq_reader *r, uint64_t guest_off, fq_scratch *scratch)
+{
+    const uint64_t end = guest_off + r->ahead.unit < r->size ? guest_off + r->ahead.unit : r->size;
+    fq_error error;
+    fq_run run;
+
+    for (; guest_off < end; guest_off += run.nbytes) {
+        if (fq_resolve(r, guest_off, end - guest_off, false, NULL, &run, &error) != FQ_OK)
+            return;
+        if (run.kind == FQ_COMPRESSED)
+            fq_batch_warm(&run, scratch);
+    }
+}
+
+static bool work_once(fq_reader *r, fq_scratch *scratch)
+{
+    uint64_t guest_off;
+    bool claimed;
+
+    pthread_mutex_lock(&r->ahead.lock);
+    claimed = claim(r, &guest_off);
+    pthread_mutex_unlock(&r->ahead.lock);
+    if (claimed)
+        inflate_ahead(r, guest_off, scratch);
+    return claimed;
+}
+
+static void work(void *arg, bool is_caller)
+{
+    fq_reader *r = arg;
+    fq_scratch *scratch = fq_scratch_get();
+
+    (void)is_caller;
+    if (!scratch)
+        return;
+    while (!atomic_load_explicit(&r->ahead.stop, memory_order_relaxed) && work_once(r, scratch))
+        ;
+    fq_scratch_put(scratch);
+}
+
+void fq_ahead_help(fq_reader *r, fq_scratch *scratch)
+{
+    uint64_t guest_off;
+    bool claimed;
+
+    if (r->ahead.window_max == 0 || pthread_mutex_trylock(&r->ahead.lock) != 0)
+        return;
+    claimed = claim(r, &guest_off);
+    pthread_mutex_unlock(&r->ahead.lock);
+    if (claimed)
+        inflate_ahead(r, guest_off, scratch);
+}
+
+/* Called with the lock. The stream that a read continues, or the least recently used one, to be begun anew there. */
+static fq_stream *stream_at(fq_reader *r, uint64_t guest_off)
+{
+    fq_stream *oldest = &r->ahead.streams[0];
+
+    for (size_t i = 0; i < FQ_STREAMS; i++) {
+        fq_stream *s = &r->ahead.streams[i];
+
+        if (s->used_at && guest_off >= s->next && guest_off - s->next <= GAP_NBYTES)
+            return s;
+        if (s->used_at < oldest->used_at)
+            oldest = s;
+    }
+    *oldest = (fq_stream){.next = guest_off};
+    return oldest;
+}
+
+void fq_ahead_note(fq_reader *r, uint64_t guest_off, uint64_t nbytes)
+{
+    const uint64_t unit = r->ahead.unit;
+    uint64_t unclaimed, window;
+    bool to_the_end;
+    fq_stream *s;
+
+    if (r->ahead.window_max == 0 || pthread_mutex_trylock(&r->ahead.lock) != 0)
+        return;
+    s = stream_at(r, guest_off);
+    window = 2 * (s->read_nbytes + (nbytes >= LONG_NBYTES ? nbytes : 0));
+    if (window > r->ahead.window_max)
+        window = r->ahead.window_max;
+    s->used_at = ++r->ahead.clock;
+    s->next = guest_off + nbytes;
+    s->read_nbytes += nbytes;
+    s->limit = s->next < r->size - (window < r->size ? window : r->size) ? s->next + window : r->size;
+    if (s->claimed < s->next)
+        s->claimed = ((s->next - 1) | (unit - 1)) + 1;
+    unclaimed = s->limit > s->claimed ? s->limit - s->claimed : 0;
+    to_the_end = s->limit == r->size;
+    pthread_mutex_unlock(&r->ahead.lock);
+    /* Waking a worker costs more than a small read: not before there is something to do for it. */
+    if (unclaimed > 0 && atomic_load_explicit(&r->ahead.worthwhile, memory_order_relaxed) &&
+        (unclaimed >= window / 2 || to_the_end))
+        fq_pool_start(&r->ahead.job, unclaimed / unit < r->threads - 1 ? (unsigned)(unclaimed / unit) + 1 : r->threads - 1);
+}
+
+void fq_ahead_learn(fq_reader *r, bool compressed)
+{
+    if (atomic_load_explicit(&r->ahead.worthwhile, memory_order_relaxed) != compressed)
+        atomic_store_explicit(&r->ahead.worthwhile, compressed, memory_order_relaxed);
+}
+
+void fq_ahead_open(fq_reader *r, size_t cache_nbytes)
+{
+    uint64_t wanted;
+
+    pthread_mutex_init(&r->ahead.lock, NULL);
+    r->ahead.job = (fq_pool_job){.fn = work, .arg = r};
+    r->ahead.unit = UNIT_NBYTES_MIN;
+    for (const fq_reader *layer = r; layer; layer = layer->backing)
+        if (!layer->raw && fq_cluster_size(&layer->geometry) > r->ahead.unit)
+            r->ahead.unit = fq_cluster_size(&layer->geometry);
+    wanted = r->threads * (THREAD_NBYTES > 4 * r->ahead.unit ? THREAD_NBYTES : 4 * r->ahead.unit);
+    /* File objects are read in their order, and by those who can be told of their exceptions. */
+    if (r->threads > 1 && !r->ordered && !r->raw && cache_nbytes / 4 >= r->ahead.unit)
+        r->ahead.window_max = wanted < cache_nbytes / 4 ? wanted : cache_nbytes / 4;
+}
+
+void fq_ahead_close(fq_reader *r)
+{
+    atomic_store(&r->ahead.stop, true);
+    fq_pool_stop(&r->ahead.job);
+    pthread_mutex_destroy(&r->ahead.lock);
+}
