@@ -204,7 +204,7 @@ def test_shared_position_gives_each_byte_once(path: Path) -> None:
 
 
 def test_a_cluster_is_inflated_once_for_many_small_reads(path: Path) -> None:
-    with fastqcow.open(path) as image:
+    with fastqcow.open(path, threads=1) as image:
         for offset in range(0, CLUSTER, 4096):
             image.pread(4096, offset)
         stats = image.stats()
@@ -214,7 +214,7 @@ def test_a_cluster_is_inflated_once_for_many_small_reads(path: Path) -> None:
 
 
 def test_simultaneous_readers_inflate_a_cluster_once(path: Path) -> None:
-    with fastqcow.open(path) as image:
+    with fastqcow.open(path, threads=1) as image:
         gate = threading.Barrier(8)
 
         def read(i: int) -> bytes:
@@ -227,7 +227,7 @@ def test_simultaneous_readers_inflate_a_cluster_once(path: Path) -> None:
 
 
 def test_cache_is_bounded_and_a_scan_does_not_wash_it_out(path: Path) -> None:
-    with fastqcow.open(path, cache_size=4 * CLUSTER) as image:
+    with fastqcow.open(path, cache_size=4 * CLUSTER, threads=1) as image:
         image.pread(10, 0)
         image.pread(10, 5000)  # a second use: kept
         for offset in range(2 * CLUSTER, len(CONTENTS), 4096):

@@ -5,16 +5,21 @@
 ...     boot_sector = image.pread(512, 0)
 """
 
+import importlib
+from typing import TYPE_CHECKING
+
 from fastqcow.bitmaps import BitmapEntry, Range
-from fastqcow.checking import CheckResult, Finding, check
-from fastqcow.clusters import Engines, Kind, L2Table, build_info, inflate, inflate_into, parse_l2
-from fastqcow.comparison import Difference, checksum, compare
-from fastqcow.conversion import Conversion, convert
 from fastqcow.describe import info
 from fastqcow.errors import CorruptWarning, Error, FormatError, PasswordError, PolicyError, UnsupportedError
 from fastqcow.header import Header
 from fastqcow.image import Extent, Image, Snapshot, open, open_raw  # noqa: A004 - that is its name: fastqcow.open
 from fastqcow.snapshots import SnapshotEntry
+
+if TYPE_CHECKING:
+    from fastqcow.checking import CheckResult, Finding, check
+    from fastqcow.clusters import Engines, Kind, L2Table, build_info, inflate, inflate_into, parse_l2
+    from fastqcow.comparison import Difference, checksum, compare
+    from fastqcow.conversion import Conversion, convert
 
 __version__ = "0.1.0"
 
@@ -51,3 +56,26 @@ __all__ = [
     "open_raw",
     "parse_l2",
 ]
+
+# What opening and reading an image does not need is imported when it is asked for: that is a third of the time.
+_LATER = {
+    "checking": ("CheckResult", "Finding", "check"),
+    "clusters": ("Engines", "Kind", "L2Table", "build_info", "inflate", "inflate_into", "parse_l2"),
+    "comparison": ("Difference", "checksum", "compare"),
+    "conversion": ("Conversion", "convert"),
+}
+
+
+if not TYPE_CHECKING:  # or every name would be one of ours for a type checker
+
+    def __getattr__(name: str) -> object:
+        for module, names in _LATER.items():
+            if name in names:
+                found: object = getattr(importlib.import_module(f"fastqcow.{module}"), name)
+                globals()[name] = found
+                return found
+        raise AttributeError(f"module 'fastqcow' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

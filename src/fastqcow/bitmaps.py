@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from fastqcow.errors import FormatError
@@ -29,8 +28,7 @@ _OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 _ONES = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapEntry:
+class BitmapEntry(NamedTuple):
     """An entry of the bitmap directory.
 
     Attributes:
@@ -65,8 +63,8 @@ def read_directory(pread: Callable[[int, int], bytes], header: Header, path: str
     where = header.bitmaps
     if where is None or not header.autoclear & 1:
         return ()
-    if not 1 <= where.count <= BITMAPS_MAX:
-        raise FormatError(f"the number of bitmaps is not within 1 to {BITMAPS_MAX}", path=path, value=where.count)
+    if not 1 <= where.bitmap_count <= BITMAPS_MAX:
+        raise FormatError(f"the number of bitmaps is not within 1 to {BITMAPS_MAX}", path=path, value=where.bitmap_count)
     if where.reserved:
         raise FormatError("the reserved bits of the bitmaps extension are not zero", path=path, value=where.reserved)
     if where.directory_nbytes > DIRECTORY_NBYTES_MAX or where.directory_off % header.cluster_size or where.directory_off >= 1 << 62:
@@ -76,7 +74,7 @@ def read_directory(pread: Callable[[int, int], bytes], header: Header, path: str
         raise FormatError("the bitmap directory runs past the end of the file", path=path, host_off=where.directory_off)
     found: dict[str, BitmapEntry] = {}
     at = 0
-    for _ in range(where.count):
+    for _ in range(where.bitmap_count):
         entry, nbytes = _read_entry(directory, at, header, path, where.directory_off + at)
         if entry.name in found:
             raise FormatError(f"there are two bitmaps with the name {entry.name!r}", path=path, host_off=where.directory_off + at)

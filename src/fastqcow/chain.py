@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastqcow import _inflate, header
 from fastqcow._reader import Crypt, Reader, Source
@@ -34,16 +33,19 @@ TABLE_CACHE_NBYTES = 8 << 20
 CACHE_SIZE = 32 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
+class Options(NamedTuple):
     """How to open an image; see `fastqcow.open`."""
 
     backing: Rule
     data_file: Rule
-    password: Password = field(repr=False)
+    password: Password
     threads: int
     cache_size: int
     engine: Literal["libdeflate", "libz"]
+
+    def __repr__(self) -> str:
+        """Without the password: it would be told by every traceback that shows variables."""
+        return f"<Options threads={self.threads} cache_size={self.cache_size} engine={self.engine!r}>"
 
     def sizes(self, largest_cluster: int) -> dict[str, int]:
         """What every reader of a chain is given."""
@@ -93,8 +95,7 @@ def make_options(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """One file of a chain, with its external data file if it has one; header is None for a raw file."""
 
     reader: Reader

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastqcow import _check
 from fastqcow.bitmaps import read_directory
@@ -35,8 +34,7 @@ _SEVERITIES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Finding:
+class Finding(NamedTuple):
     """Something that a check has found.
 
     Attributes:
@@ -66,8 +64,7 @@ class Finding:
         return self.reason + said + often + place_text(self.guest_off, self.host_off, self.value)
 
 
-@dataclass(frozen=True, slots=True)
-class CheckResult:
+class CheckResult(NamedTuple):
     """What a check has counted, as `qemu-img check` does, but for overlaps, which that does not know.
 
     The total, allocated, compressed and fragmented clusters are those of the disk. image_end_off: behind the last cluster in use.

@@ -12,8 +12,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fastqcow.diskfile import DiskFile
 from fastqcow.image import VmState
@@ -28,8 +27,7 @@ __all__ = ["Conversion", "convert"]
 SPARSE_SIZE = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Conversion:
+class Conversion(NamedTuple):
     """What a conversion did. Sizes are bytes."""
 
     source: str

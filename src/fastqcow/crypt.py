@@ -11,9 +11,8 @@ import ctypes
 import ctypes.util
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fastqcow._reader import Crypt
 from fastqcow.errors import PasswordError, UnsupportedError
@@ -29,8 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["BlockCipher", "Scheme", "block_cipher", "open_crypt"]
 
 
-@dataclass(frozen=True, slots=True)
-class BlockCipher:
+class BlockCipher(NamedTuple):
     """A cipher with its key: bytes in, as many bytes out, each block for itself."""
 
     block_nbytes: int
@@ -38,8 +36,7 @@ class BlockCipher:
     decrypt: Callable[[bytes], bytes]
 
 
-@dataclass(frozen=True, slots=True)
-class Scheme:
+class Scheme(NamedTuple):
     """A cipher and how it is used, by QEMU's names.
 
     Attributes:

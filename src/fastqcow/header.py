@@ -1,4 +1,4 @@
-"""The qcow2 header and its extensions, as frozen dataclasses.
+"""The qcow2 header and its extensions, as named tuples.
 
 Offsets and limits follow the specification ("Header", "Header extensions") and, where that is silent, QEMU's qcow2.c. Every
 number is checked here, once, before anything is allocated, read or looped over by it: what leaves `Header.read` is safe to use.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastqcow.errors import FormatError, UnsupportedError
 
@@ -47,8 +47,7 @@ _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 
 
-@dataclass(frozen=True, slots=True)
-class Feature:
+class Feature(NamedTuple):
     """A row of the feature name table. kind: 0 incompatible, 1 compatible, 2 autoclear."""
 
     kind: int
@@ -56,34 +55,30 @@ class Feature:
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapsExtension:
+class BitmapsExtension(NamedTuple):
     """Where the directory of persistent dirty bitmaps lies, in bytes."""
 
-    count: int
+    bitmap_count: int
     directory_nbytes: int
     directory_off: int
     reserved: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class CryptoHeader:
+class CryptoHeader(NamedTuple):
     """Where the encryption header (LUKS) lies in the file, in bytes."""
 
     host_off: int
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class UnknownExtension:
+class UnknownExtension(NamedTuple):
     """A header extension that this library does not know, kept as it is."""
 
     magic: int
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
+class Header(NamedTuple):
     """All of the header. Offsets are places in the file; counts are entries; sizes are bytes.
 
     unsupported: why the image cannot be read although its header can; None if it can.

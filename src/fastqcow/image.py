@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from fastqcow import _reader
@@ -197,7 +196,7 @@ def open(  # noqa: A001 - called as fastqcow.open
     """
     options = make_options(backing, data_file, password, threads, cache_size, engine)
     chain = open_chain(source, options)
-    return Image(chain, replace(options, password=None))  # the keys are made, and nobody needs it any more
+    return Image(chain, options._replace(password=None))  # the keys are made, and nobody needs it any more
 
 
 def open_raw(source: Path | BinaryFile, *, whole_sectors: bool = False, threads: int | None = None) -> DiskFile:

@@ -12,7 +12,7 @@ import hmac
 import itertools
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastqcow.crypt import Scheme
 from fastqcow.errors import FormatError, PasswordError, UnsupportedError
@@ -36,8 +36,7 @@ _SLOTS = 8
 _ACTIVE, _INACTIVE = 0x00AC71F3, 0x0000DEAD
 
 
-@dataclass(frozen=True, slots=True)
-class KeySlot:
+class KeySlot(NamedTuple):
     """A place for the key, locked by a password. key_off: from the start of the LUKS header, in bytes."""
 
     active: bool
@@ -47,8 +46,7 @@ class KeySlot:
     stripes: int
 
 
-@dataclass(frozen=True, slots=True)
-class LuksHeader:
+class LuksHeader(NamedTuple):
     """All of the header. host_off: of the header itself in the file; payload_off: bytes after which the header ends."""
 
     path: str

@@ -8,7 +8,6 @@ protocol (`json:`, `nbd:`, ...) is never opened by itself.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_data_file", "named_path", "open_backing", "open_data_file"]
 
-_PROTOCOL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_NO_PUNCTUATION = str.maketrans("", "", "+.-")
 
 
 def open_backing(image: Source, header: Header, rule: Rule) -> tuple[Source | None, Rule]:
@@ -98,7 +97,7 @@ def named_path(image: Source, name: str, what: str, option: str) -> str:
     """
     if name.startswith("file:"):
         name = name.removeprefix("file:")
-    elif _PROTOCOL.match(name):
+    elif _has_protocol(name):
         raise PolicyError(
             f"the {what} {name!r} is not a plain path, and is not opened; give the file with {option}=", path=image.path
         )
@@ -109,3 +108,9 @@ def named_path(image: Source, name: str, what: str, option: str) -> str:
             path=image.path,
         )
     return os.path.join(os.path.dirname(image.path), name) if image.has_path else name
+
+
+def _has_protocol(name: str) -> bool:
+    """As of a URL: letters, digits, `+`, `.` and `-` before a colon, a letter first."""
+    scheme, colon, _ = name.partition(":")
+    return bool(colon and scheme[:1].isalpha() and scheme.isascii() and scheme.translate(_NO_PUNCTUATION).isalnum())

@@ -1,4 +1,4 @@
-"""The table of internal snapshots (specification, "Snapshots"), as frozen dataclasses.
+"""The table of internal snapshots (specification, "Snapshots"), as named tuples.
 
 The table has no index: each entry says how long it is. What bounds the walk is the count in the header (checked there), the limit
 on an entry's extra data, and one on the whole table; all as in QEMU's qcow2-snapshot.c.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from fastqcow.errors import FormatError
 from fastqcow.header import L1_NBYTES_MAX, Header, c_string
@@ -20,8 +20,7 @@ TABLE_NBYTES_MAX = 64 << 20
 _ENTRY = struct.Struct(">QIHHIIQII")
 
 
-@dataclass(frozen=True, slots=True)
-class SnapshotEntry:
+class SnapshotEntry(NamedTuple):
     """An entry of the snapshot table.
 
     Attributes:

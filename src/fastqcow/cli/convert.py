@@ -62,8 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
         disk = at_snapshot(image, arguments.snapshot)
         done = convert(disk, arguments.target, sparse_size=arguments.sparse_size, in_place=arguments.in_place, progress=report)
     if arguments.output == "json":
-        import dataclasses
         import json
 
-        print(json.dumps({k.replace("_", "-"): v for k, v in dataclasses.asdict(done).items()}, indent=4))
+        print(json.dumps({k.replace("_", "-"): v for k, v in done._asdict().items()}, indent=4))
     return 0
