@@ -22,6 +22,8 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
+import fastqcow
+
 ROUNDS = 15
 _lines: list[str] = []
 
@@ -40,6 +42,14 @@ def zstd_image(zlib_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         pytest.skip("qemu-img is not installed")
     path = tmp_path_factory.mktemp("zstd") / "disk.qcow2"
     subprocess.run(["qemu-img", "convert", "-c", "-O", "qcow2", "-o", "compression_type=zstd", zlib_image, path], check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def raw(zlib_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same disk, uncompressed."""
+    path = tmp_path_factory.mktemp("raw") / "disk.raw"
+    fastqcow.convert(zlib_image, path)
     return path
 
 

@@ -8,12 +8,11 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
 
 import pytest
 from alternating import Alternating
+from peers import Streams
 
 import fastqcow
 
@@ -46,31 +45,9 @@ def test_read_into_memory(alternating: Alternating, image: Path) -> None:
         return run
 
     peers = most_threads_first(read)
-    peers[f"limit, {threads_text(THREADS[-1])}"] = bare_inflation(image, THREADS[-1])
+    streams = Streams(image)
+    peers[f"limit, {threads_text(THREADS[-1])}"] = streams.inflate(sorted(streams.by_cluster), THREADS[-1])
     alternating(peers)
-
-
-def bare_inflation(path: Path, threads: int) -> Callable[[], object]:
-    """Inflate all compressed clusters, whose streams are in memory already, on so many threads."""
-    raw = path.read_bytes()
-    with fastqcow.open(path) as disk:
-        header = disk.header
-    streams = []
-    for i in range(header.l1_entries):
-        l2_off = int.from_bytes(raw[header.l1_off + 8 * i :][:8], "big") & 0x00FF_FFFF_FFFF_FE00
-        if l2_off:
-            table = fastqcow.parse_l2(raw[l2_off : l2_off + header.cluster_size], cluster_bits=header.cluster_bits)
-            streams += [raw[off : off + n] for off, n in zip(table.host_off, table.in_nbytes, strict=True) if n]
-    shares = [streams[i::threads] for i in range(threads)]
-    method: Literal["zlib", "zstd"] = "zstd" if header.compression_type == "zstd" else "zlib"
-
-    def inflate(share: list[bytes]) -> None:
-        out = bytearray(header.cluster_size)
-        for stream in share:
-            fastqcow.inflate_into(stream, out, method)
-
-    pool = ThreadPoolExecutor(threads)
-    return lambda: list(pool.map(inflate, shares))
 
 
 @pytest.mark.parametrize("engine", ["libdeflate", "libz"])
