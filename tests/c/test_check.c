@@ -5,18 +5,11 @@
  * to point somewhere, and nothing may be read or written out of bounds, and the counts have to be what was reported.
  */
 #include "internal.h"
+#include "testing.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define CHECK(condition)                                                                                 \
-    do {                                                                                                 \
-        if (!(condition)) {                                                                              \
-            fprintf(stderr, "%s:%d: in %s: %s is not true\n", __FILE__, __LINE__, __func__, #condition); \
-            exit(1);                                                                                     \
-        }                                                                                                \
-    } while (0)
 
 typedef struct file {
     uint8_t *bytes;

@@ -6,6 +6,7 @@
  */
 #include "internal.h"
 #include "layout.h"
+#include "testing.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -18,14 +19,6 @@
 #include <unistd.h>
 #include <zlib.h>
 #include <zstd.h>
-
-#define CHECK(condition)                                                                                 \
-    do {                                                                                                 \
-        if (!(condition)) {                                                                              \
-            fprintf(stderr, "%s:%d: in %s: %s is not true\n", __FILE__, __LINE__, __func__, #condition); \
-            exit(1);                                                                                     \
-        }                                                                                                \
-    } while (0)
 
 enum { BITS = 16, CLUSTER = 1 << BITS, CLUSTERS = 48, TABLES = 3 * CLUSTER };
 

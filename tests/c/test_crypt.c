@@ -5,18 +5,11 @@
  * mix up. Sectors are encrypted block by block as the definitions say, which is slow and plain, and have to come back.
  */
 #include "internal.h"
+#include "testing.h"
 
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-
-#define CHECK(condition)                                                                                 \
-    do {                                                                                                 \
-        if (!(condition)) {                                                                              \
-            fprintf(stderr, "%s:%d: in %s: %s is not true\n", __FILE__, __LINE__, __func__, #condition); \
-            exit(1);                                                                                     \
-        }                                                                                                \
-    } while (0)
 
 typedef struct toy {
     size_t block;
