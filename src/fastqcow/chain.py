@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from fastqcow import _inflate, header
 from fastqcow._reader import Crypt, Reader, Source
+from fastqcow.cpus import available_cpus
 from fastqcow.errors import CorruptWarning, FormatError, UnsupportedError, printable
 from fastqcow.header import Header
 from fastqcow.policy import open_backing, open_data_file
@@ -60,13 +61,6 @@ class Options(NamedTuple):
         if compression_type == "zstd":
             return _inflate.ZSTD
         return _inflate.DEFLATE if self.engine == "libdeflate" else _inflate.DEFLATE_LIBZ
-
-
-def available_cpus() -> int:
-    """CPUs that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0)) or 1
-    return os.cpu_count() or 1
 
 
 def make_options(

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastqcow.chain import available_cpus
+from fastqcow.cpus import available_cpus
 
 if TYPE_CHECKING:
     from concurrent.futures import Future

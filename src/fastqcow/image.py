@@ -178,7 +178,7 @@ def open(  # noqa: A001 - called as fastqcow.open
         password: of an encrypted image, and of its encrypted backing files: text, which stands for UTF-8, or bytes of a key file.
             A function: it is called with the path of each encrypted file, and returns its password.
         threads: at most so many threads work on one read, the calling one included, and ahead of it where small reads follow each
-            other; by default one for each CPU that the process may use.
+            other; by default one for each CPU that the process may use, by its affinity and the quota of its control group.
         cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default. A quarter of it is for those that are read ahead.
         engine: what inflates deflate clusters: "libdeflate" (where it is built in, see `build_info`) or "libz", the reference. By
             default the environment variable FASTQCOW_ENGINE, or libdeflate.
