@@ -3,16 +3,16 @@
  *
  * Who reads a compressed image in order, piece by piece, inflates on one core while the others sleep. So reads that continue one
  * another are recognised, as one of several streams, and behind the last one a window of clusters is inflated into the cache. The
- * window is twice as long as what the stream has read, up to a limit, but for its last read if that is a small one: single small
- * reads cost nothing, a long run gets all threads. A jump starts another stream, and what the least recent one still had before it
- * is dropped.
+ * window is twice as long as what the stream had read before, up to a limit: single reads cost nothing, a long run gets all
+ * threads. A jump starts another stream, and what the least recent one still had before it is dropped.
  *
  * Workers claim one cluster at a time. A reader that comes to a cluster which is being inflated does not wait idly either, but
  * claims the next one (fq_ahead_help): so reader and workers together reach the speed of all threads.
  *
- * What must hold: the window is at most a quarter of the cache's budget, or clusters would be pushed out before they are read.
- * Errors are not kept: the reader meets them itself when it comes there. The lock is only ever tried by those who read, so that
- * many threads do not queue here, and that a child after fork, in which it may be held for good, does without read-ahead.
+ * What must hold: all windows together are at most an eighth of the cache's budget, or clusters would be pushed out before they are
+ * read, as the cache keeps three quarters for what is used again, and has its shards unevenly filled. Errors are not kept: the
+ * reader meets them itself when it comes there. The lock is only ever tried by those who read, so that many threads do not queue
+ * here, and that a child after fork, in which it may be held for good, does without read-ahead.
  */
 #include "internal.h"
 #include "layout.h"
@@ -21,7 +21,10 @@ enum {
     GAP_NBYTES = 128 << 10,    /* a read so far behind the last one, or less, continues it: file systems skip what they know */
     THREAD_NBYTES = 512 << 10, /* of window for each thread */
     UNIT_NBYTES_MIN = 64 << 10,
-    LONG_NBYTES = 16 << 10, /* a read of so much is one of several, as likely as not */
+    CLUSTER_NBYTES_MIN = 16 << 10, /* smaller ones are read together, and inflated faster than they are handed over */
+    LONG_NBYTES = 16 << 10,        /* where most reads continue others, the first one of so much will be continued too */
+    ORDER_MAX = 16,
+    RECENT_READS = 16,
 };
 
 /* Called with the lock. The next cluster that some stream wants, in *guest_off; false if there is none. */
@@ -95,49 +98,73 @@ void fq_ahead_help(fq_reader *r, fq_scratch *scratch)
         inflate_ahead(r, guest_off, scratch);
 }
 
-/* Called with the lock. The stream that a read continues, or the least recently used one, to be begun anew there. */
-static fq_stream *stream_at(fq_reader *r, uint64_t guest_off)
+/*
+ * Called with the lock. The stream that a read continues, or the least recently used one, to be begun anew there. *active counts
+ * those among which the cache is to be shared.
+ */
+static fq_stream *stream_at(fq_reader *r, uint64_t guest_off, unsigned *active)
 {
-    fq_stream *oldest = &r->ahead.streams[0];
+    fq_stream *oldest = &r->ahead.streams[0], *found = NULL;
 
+    *active = 1;
     for (size_t i = 0; i < FQ_STREAMS; i++) {
         fq_stream *s = &r->ahead.streams[i];
 
-        if (s->used_at && guest_off >= s->next && guest_off - s->next <= GAP_NBYTES)
-            return s;
+        if (!found && s->used_at && guest_off >= s->next && guest_off - s->next <= GAP_NBYTES)
+            found = s;
+        else
+            *active += s->limit > 0 && r->ahead.clock - s->used_at < RECENT_READS;
         if (s->used_at < oldest->used_at)
             oldest = s;
     }
+    if (found) {
+        r->ahead.order = r->ahead.order + 2 < ORDER_MAX ? r->ahead.order + 2 : ORDER_MAX;
+        return found;
+    }
+    r->ahead.order -= r->ahead.order > 0;
     *oldest = (fq_stream){.next = guest_off};
     return oldest;
 }
 
-void fq_ahead_note(fq_reader *r, uint64_t guest_off, uint64_t nbytes)
+unsigned fq_ahead_note(fq_reader *r, uint64_t guest_off, uint64_t nbytes)
 {
     const uint64_t unit = r->ahead.unit;
-    uint64_t unclaimed, window;
+    uint64_t unclaimed, window, window_max;
+    unsigned active;
     bool to_the_end;
     fq_stream *s;
 
     if (r->ahead.window_max == 0 || pthread_mutex_trylock(&r->ahead.lock) != 0)
-        return;
-    s = stream_at(r, guest_off);
-    window = 2 * (s->read_nbytes + (nbytes >= LONG_NBYTES ? nbytes : 0));
-    if (window > r->ahead.window_max)
-        window = r->ahead.window_max;
+        return 0;
+    s = stream_at(r, guest_off, &active);
     s->used_at = ++r->ahead.clock;
+    window_max = r->ahead.share / active < r->ahead.window_max ? r->ahead.share / active : r->ahead.window_max;
+    window = 2 * s->read_nbytes;
+    if (nbytes >= LONG_NBYTES && (s->read_nbytes > 0 || r->ahead.order >= ORDER_MAX / 4))
+        window += 2 * nbytes;
+    if (window > window_max)
+        window = window_max;
     s->next = guest_off + nbytes;
     s->read_nbytes += nbytes;
     s->limit = s->next < r->size - (window < r->size ? window : r->size) ? s->next + window : r->size;
+    if (window == 0)
+        s->limit = 0;
     if (s->claimed < s->next)
         s->claimed = ((s->next - 1) | (unit - 1)) + 1;
     unclaimed = s->limit > s->claimed ? s->limit - s->claimed : 0;
     to_the_end = s->limit == r->size;
     pthread_mutex_unlock(&r->ahead.lock);
     /* Waking a worker costs more than a small read: not before there is something to do for it. */
-    if (unclaimed > 0 && atomic_load_explicit(&r->ahead.worthwhile, memory_order_relaxed) &&
-        (unclaimed >= window / 2 || to_the_end))
-        fq_pool_start(&r->ahead.job, unclaimed / unit < r->threads - 1 ? (unsigned)(unclaimed / unit) + 1 : r->threads - 1);
+    if (unclaimed == 0 || !atomic_load_explicit(&r->ahead.worthwhile, memory_order_relaxed) ||
+        (unclaimed < window / 2 && !to_the_end))
+        return 0;
+    return unclaimed / unit < r->threads - 1 ? (unsigned)(unclaimed / unit) + 1 : r->threads - 1;
+}
+
+void fq_ahead_start(fq_reader *r, unsigned helpers)
+{
+    if (helpers > 0)
+        fq_pool_start(&r->ahead.job, helpers);
 }
 
 void fq_ahead_learn(fq_reader *r, bool compressed)
@@ -148,18 +175,19 @@ void fq_ahead_learn(fq_reader *r, bool compressed)
 
 void fq_ahead_open(fq_reader *r, size_t cache_nbytes)
 {
-    uint64_t wanted;
+    uint64_t wanted, largest = 0;
 
     pthread_mutex_init(&r->ahead.lock, NULL);
     r->ahead.job = (fq_pool_job){.fn = work, .arg = r};
-    r->ahead.unit = UNIT_NBYTES_MIN;
     for (const fq_reader *layer = r; layer; layer = layer->backing)
-        if (!layer->raw && fq_cluster_size(&layer->geometry) > r->ahead.unit)
-            r->ahead.unit = fq_cluster_size(&layer->geometry);
+        if (!layer->raw && fq_cluster_size(&layer->geometry) > largest)
+            largest = fq_cluster_size(&layer->geometry);
+    r->ahead.unit = largest > UNIT_NBYTES_MIN ? largest : UNIT_NBYTES_MIN;
+    r->ahead.share = cache_nbytes / 8;
     wanted = r->threads * (THREAD_NBYTES > 4 * r->ahead.unit ? THREAD_NBYTES : 4 * r->ahead.unit);
     /* File objects are read in their order, and by those who can be told of their exceptions. */
-    if (r->threads > 1 && !r->ordered && !r->raw && cache_nbytes / 4 >= r->ahead.unit)
-        r->ahead.window_max = wanted < cache_nbytes / 4 ? wanted : cache_nbytes / 4;
+    if (r->threads > 1 && !r->ordered && !r->raw && largest >= CLUSTER_NBYTES_MIN && r->ahead.share >= r->ahead.unit)
+        r->ahead.window_max = wanted < r->ahead.share ? wanted : r->ahead.share;
 }
 
 void fq_ahead_close(fq_reader *r)

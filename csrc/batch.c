@@ -266,16 +266,6 @@ static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch,
     return FQ_OK;
 }
 
-fq_status fq_batch_fetch(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
-{
-    fq_status status = fetch_compressed(job, b, scratch, error);
-
-    for (size_t i = 0; i < b->count && status == FQ_OK; i++)
-        if (b->runs[i].kind == FQ_DATA)
-            status = fetch_data(job, &b->runs[i], scratch, dest, error);
-    return status;
-}
-
 typedef struct cluster_fill {
     const fq_request *request;
     const fq_run *run;
@@ -353,6 +343,8 @@ static fq_status read_and_keep(fq_batch *b, size_t i, fq_scratch *scratch, const
 
     if (status != FQ_OK)
         return filled ? status : fail_in_run(error, status, run, FQ_NOWHERE, FQ_NOWHERE);
+    if (!filled)
+        fq_count(&run->layer->cache_hits, 1);
     scatter(dest, run->guest_off, fq_block_data(block), run->nbytes);
     fq_cache_release(run->layer->clusters, block, 0, (size_t)run->nbytes);
     return FQ_OK;
@@ -380,6 +372,29 @@ static fq_status read_whole_cluster(fq_job *job, fq_batch *b, size_t i, fq_scrat
     if (status == FQ_OK)
         scatter(dest, run->guest_off, scratch->out, run->nbytes);
     return status;
+}
+
+/*
+ * What others are at work on was not fetched. Where fetching fails, the clusters among them that come before that are looked at all
+ * the same: the lowest error counts.
+ */
+fq_status fq_batch_fetch(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+{
+    fq_status status = fetch_compressed(job, b, scratch, error);
+
+    for (size_t i = 0; i < b->count && status == FQ_OK; i++)
+        if (b->runs[i].kind == FQ_DATA)
+            status = fetch_data(job, &b->runs[i], scratch, dest, error);
+    if (status == FQ_OK || status == FQ_ERR_SOURCE || status == FQ_ERR_CANCELLED)
+        return status;
+    for (size_t i = 0; i < b->count; i++) {
+        fq_error each;
+
+        if (b->late[i] && b->runs[i].guest_off < error->guest_off &&
+            read_part_of_cluster(job, &b->runs[i], scratch, dest, &each) != FQ_OK && each.guest_off < error->guest_off)
+            *error = each;
+    }
+    return error->status;
 }
 
 /* Of an error nobody hears: whoever comes to this cluster will meet it. */

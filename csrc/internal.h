@@ -119,8 +119,10 @@ typedef struct fq_ahead {
     pthread_mutex_t lock;
     fq_stream streams[FQ_STREAMS];
     uint64_t clock;
+    unsigned order;               /* 0 to ORDER_MAX: how many of the last reads have continued others */
     uint64_t unit;                /* bytes of disk that are claimed at a time: a power of two */
     uint64_t window_max;          /* 0: no read-ahead */
+    uint64_t share;               /* of the cache, for all windows together */
     atomic_bool stop, worthwhile; /* the last read met compressed clusters */
     fq_pool_job job;
 } fq_ahead;
@@ -139,9 +141,10 @@ struct fq_reader {
     fq_cache *tables, *clusters;
     fq_crypt crypt;
     uint64_t keep_nbytes; /* smaller reads keep whole clusters */
-    fq_ahead ahead;
-    bool ordered; /* some source of the chain wants its reads in order */
+    bool ordered;         /* some source of the chain wants its reads in order */
     atomic_uint_fast64_t clusters_inflated, cache_hits, bytes_fetched, bytes_returned;
+    char apart[64]; /* what small reads write to is in no cache line that they only read */
+    fq_ahead ahead;
 };
 
 /* A stretch of the disk of one kind, in one layer, at one place of its file (a compressed run is one cluster or a part of it). */
@@ -237,8 +240,9 @@ fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error);
 
 void fq_ahead_open(fq_reader *reader, size_t cache_nbytes);
 void fq_ahead_close(fq_reader *reader);
-/* A read begins: see what comes next. */
-void fq_ahead_note(fq_reader *reader, uint64_t guest_off, uint64_t nbytes);
+/* A read begins: see what comes next. Returns how many workers could inflate that: for fq_ahead_start. */
+unsigned fq_ahead_note(fq_reader *reader, uint64_t guest_off, uint64_t nbytes);
+void fq_ahead_start(fq_reader *reader, unsigned helpers);
 /* It is done, and has met compressed clusters or not. */
 void fq_ahead_learn(fq_reader *reader, bool compressed);
 /* Something useful to do for a thread that has to wait for a cluster. */

@@ -190,8 +190,10 @@ void fq_pool_start(fq_pool_job *job, unsigned helpers)
 
 void fq_pool_stop(fq_pool_job *job)
 {
+    if (!job->patient) /* never started; and before the first start of all, a fork would not mind the lock */
+        return;
     pthread_mutex_lock(&lock);
-    if (job->patient && job->forks == forks) {
+    if (job->forks == forks) {
         if (job->wanted > 0)
             unlist(job);
         job->wanted = 0;

@@ -373,6 +373,7 @@ fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint6
     const fq_dest dest = {iov, niov, guest_off};
     unsigned threads = nbytes > BATCH_NBYTES_MIN ? r->threads : 1;
     fq_status status;
+    unsigned ahead = 0;
     bool worth;
     fq_job job;
 
@@ -381,7 +382,7 @@ fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint6
     if (nbytes == 0)
         return FQ_OK;
     if (nbytes < BATCH_NBYTES_MAX)
-        fq_ahead_note(r, guest_off, nbytes);
+        ahead = fq_ahead_note(r, guest_off, nbytes);
     if (threads > 1) {
         status = worth_threads(r, guest_off, nbytes, request, &worth, error);
         if (status != FQ_OK)
@@ -389,6 +390,7 @@ fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint6
         if (!worth)
             threads = 1;
     }
+    fq_ahead_start(r, ahead);
     fq_job_init(&job, r, guest_off, nbytes, request);
     job.dest = &dest;
     job.keep = nbytes < r->keep_nbytes;

@@ -6,6 +6,8 @@ import io
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -75,11 +77,32 @@ def test_small_gaps_are_no_jumps(path: Path) -> None:
         assert inflated(image) > 16
 
 
-def test_jumps_inflate_nothing_more(path: Path) -> None:
-    with fastqcow.open(path, threads=2) as image:
+@pytest.mark.parametrize("nbytes", [4096, 16_384, CLUSTER])
+def test_jumps_inflate_nothing_more(path: Path, nbytes: int) -> None:
+    with fastqcow.open(path, threads=4) as image:
         for i in range(50):
-            image.pread(4096, i * 37 % COUNT * CLUSTER)
+            image.pread(nbytes, i * 37 % COUNT * CLUSTER)
         assert inflated(image) == 50
+
+
+def test_small_clusters_are_not_read_ahead(tmp_path: Path) -> None:
+    """They are fetched together, and inflated in less time than it takes to hand them over."""
+    data = text(4096)
+    stream = deflate(data).ljust(4096, b"\0")
+    path = tmp_path / "small.qcow2"
+    path.write_bytes(build([compressed_entry(PAYLOAD * 4096, len(deflate(data)), 12)] * 100, stream, cluster_bits=12))
+    with fastqcow.open(path, threads=4) as image:
+        assert read_in_order(image, 0, 50 * 4096) == data * 50
+        assert inflated(image) == 1  # all are the same one
+
+
+def test_as_many_streams_as_there_can_be(path: Path, made: tuple[bytes, bytes]) -> None:
+    """Their windows share the cache: what was inflated for one is not pushed out by another."""
+    with fastqcow.open(path, threads=16) as image:
+        for at in range(0, 25 * CLUSTER, CLUSTER):
+            for start in range(0, 200 * CLUSTER, 25 * CLUSTER):
+                assert image.pread(CLUSTER, start + at) == made[1][start + at : start + at + CLUSTER]
+        assert inflated(image) <= 1.2 * COUNT
 
 
 def test_several_streams(path: Path, made: tuple[bytes, bytes]) -> None:
@@ -143,6 +166,32 @@ def test_fork_while_workers_inflate(path: Path, made: tuple[bytes, bytes]) -> No
                 os._exit(0 if same else 1)
             read_in_order(image, i * CLUSTER, 20 * CLUSTER)
             assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_fork_while_others_open_and_close(path: Path) -> None:
+    """Images that never had a worker are closed by a child all the same."""
+    script = f"""
+import os, signal, threading, fastqcow
+stop = threading.Event()
+def work():
+    while not stop.is_set():
+        fastqcow.open({str(path)!r}, threads=1).close()
+threads = [threading.Thread(target=work) for _ in range(2)]
+for thread in threads: thread.start()
+failed = 0
+for _ in range(200):
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(10)
+        fastqcow.open({str(path)!r}, threads=1).close()
+        os._exit(0)
+    failed += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) != 0
+stop.set()
+for thread in threads: thread.join()
+raise SystemExit(failed)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=False)
+    assert done.returncode == 0
 
 
 def test_many_threads_of_one_image(path: Path, made: tuple[bytes, bytes]) -> None:

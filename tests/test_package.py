@@ -18,6 +18,13 @@ import pytest
 import fastqcow
 
 
+def test_modules_are_there_without_being_imported() -> None:
+    code = "import fastqcow; fastqcow.checking.check; fastqcow.conversion; fastqcow.Kind; fastqcow.check"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        fastqcow.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
 def test_version() -> None:
     assert importlib.metadata.version("fastqcow") == fastqcow.__version__
 

@@ -69,6 +69,8 @@ _LATER = {
 if not TYPE_CHECKING:  # or every name would be one of ours for a type checker
 
     def __getattr__(name: str) -> object:
+        if name in _LATER:
+            return importlib.import_module(f"fastqcow.{name}")
         for module, names in _LATER.items():
             if name in names:
                 found: object = getattr(importlib.import_module(f"fastqcow.{module}"), name)
