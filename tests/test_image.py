@@ -442,3 +442,15 @@ def test_random_images_of_mixed_contents() -> None:
             assert image.read() == data
             for offset in range(0, len(data), max(len(data) // 50, 1)):
                 assert image.pread(1 << bits, offset) == data[offset : offset + (1 << bits)]
+
+
+def test_reopened_has_caches_of_its_own(demo_image: Path) -> None:
+    with fastqcow.open(demo_image) as image:
+        expected = image.pread(CLUSTER, 0)
+        inflated = image.stats()["clusters_inflated"]
+        with image.reopened() as again:
+            assert again.pread(CLUSTER, 0) == expected
+            assert again.stats()["clusters_inflated"] == inflated > 0
+        image.close()
+        with pytest.raises(ValueError, match="closed"):
+            image.reopened()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastqcow.crypt import Password
     from fastqcow.policy import Rule
 
-__all__ = ["Layer", "Options", "make_options", "open_chain", "open_view", "walk"]
+__all__ = ["Layer", "Options", "make_options", "open_chain", "open_view", "reopened", "walk"]
 
 DEPTH_MAX = 200
 L1_NBYTES_MAX = 256 << 20  # of all layers together; each may have 32 MiB
@@ -167,6 +167,21 @@ def open_view(image: Layer, options: Options, *, size: int, l1_off: int, l1_entr
     source, crypt = image.reader.source, image.crypt
     reader = _open_reader(source, head, image.data, crypt, below, image.reader, options, 0, size, l1_off, l1_entries)
     return Layer(reader, head, image.data, crypt, below)
+
+
+def reopened(layer: Layer, options: Options) -> Layer:
+    """The same files and keys, with caches of their own: nothing of what was read is in them."""
+    chain = []
+    top: Layer | None = layer
+    while top is not None:
+        chain.append(top)
+        top = top.backing
+    largest = max(each.header.cluster_size for each in chain if each.header)
+    below = None
+    for each in reversed(chain):
+        below = _open_layer(each.reader.source, each.header, each.data, each.crypt, below, options, largest)
+    assert below is not None
+    return below
 
 
 def _read_header(source: Source, fmt: str | None) -> Header | None:

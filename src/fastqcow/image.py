@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastqcow import _reader
 from fastqcow.bitmaps import BitmapEntry, Range, dirty_ranges, read_directory
-from fastqcow.chain import Layer, Options, make_options, open_chain, open_view
+from fastqcow.chain import Layer, Options, make_options, open_chain, open_view, reopened
 from fastqcow.describe import layer_info, read_luks
 from fastqcow.diskfile import DiskFile, Extent
 from fastqcow.errors import FormatError
@@ -47,6 +47,16 @@ class Image(DiskFile):
     def close(self) -> None:
         self._chain = None
         super().close()
+
+    def reopened(self) -> Image:
+        """The same disk, read by the same files, with caches of its own that are empty; both are closed on their own.
+
+        Raises:
+            ValueError: the image is closed.
+        """
+        self._open_reader()
+        assert self._chain is not None
+        return Image(reopened(self._chain, self._options), self._options)
 
     def info(self) -> dict[str, Any]:
         """What `qemu-img info --output=json` says of the image's file, field for field."""
@@ -132,6 +142,11 @@ class Snapshot(Image):
         self._open_reader()
         assert self._image is not None
         return VmState(self._image, self._options, self._entry)
+
+    def reopened(self) -> Snapshot:
+        self._open_reader()
+        assert self._image is not None
+        return Snapshot(reopened(self._image, self._options), self._options, self._entry)
 
     def close(self) -> None:
         self._image = None
