@@ -171,7 +171,7 @@ def test_bad_arguments_end_in_one_line_and_exit_code_1(arguments: list[str]) -> 
     assert "--help" in done.stderr
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["map"], ["convert"], ["snapshot"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["map"], ["convert"], ["snapshot"], ["bench"]])
 def test_help_has_an_example(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.returncode == 0

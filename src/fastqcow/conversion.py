@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from fastqcow._reader import Reader
     from fastqcow._types import BinaryFile, Path
 
-__all__ = ["Conversion", "convert"]
+__all__ = ["Conversion", "convert", "refuse_source"]
 
 SPARSE_SIZE = 4096
 
@@ -78,7 +78,7 @@ def convert(
             image = stack.enter_context(open_image(src, threads=threads))
         reader = image._open_reader()
         if os.path.exists(target):
-            _refuse_source(reader, target)
+            refuse_source(reader, target)
         inflated_before = reader.stats()["clusters_inflated"]
         fd, reads_zero = stack.enter_context(_in_place(target, image.size) if _keep(target, in_place) else _replaced(target))
         if reads_zero:
@@ -97,7 +97,7 @@ def convert(
         return Conversion(image.name, os.fsdecode(dst), image.size, written, inflated, time.perf_counter() - started)
 
 
-def _refuse_source(reader: Reader, target: str) -> None:
+def refuse_source(reader: Reader, target: str) -> None:
     """No file of the chain can be the target: it would be destroyed while, or after, it is read."""
     st = os.stat(target)
     layer: Reader | None = reader

@@ -17,7 +17,7 @@ from typing import NoReturn
 
 __all__ = ["main"]
 
-_COMMANDS = ("info", "map", "convert", "check", "compare", "checksum", "snapshot", "bitmap")
+_COMMANDS = ("info", "map", "convert", "check", "compare", "checksum", "snapshot", "bitmap", "bench")
 
 
 class _Parser(argparse.ArgumentParser):
