@@ -58,7 +58,7 @@ class Result:
 
     Attributes:
         reader: "fastqcow", "uncompressed" (the same bytes in a raw file), or a tool of QEMU by its command.
-        seconds: of the median run.
+        seconds: of the median run. A conversion by qemu-img is a process, whose start counts; fastqcow's runs within this one.
         speed: over that of fastqcow, the median of the rounds: above 1, this reader is faster.
         nbytes_per_second: of the disk.
         latency: None where a reader does not tell it.

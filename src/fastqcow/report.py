@@ -394,7 +394,8 @@ def _table_card(found: Sequence[Measurement]) -> str:
     )
     said = (
         "Speed is over fastqcow's, the median of rounds in which all took turns. Inflated are bytes for each one read by fastqcow, "
-        "and, in brackets, by a reader that keeps nothing from request to request."
+        "and, in brackets, by a reader that keeps nothing from request to request. Conversions by qemu-img are processes, whose "
+        "start counts; fastqcow's ran within its own."
     )
     table = f'<div class="scroll"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
     return f'<section class="card wide"><h2>All measurements</h2><p>{said}</p>{table}</section>'

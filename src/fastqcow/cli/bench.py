@@ -137,6 +137,8 @@ def human(found: Benchmark) -> list[str]:
         lines += measurement_lines(each)
     if found.measurements:
         lines += ["", "speed: over fastqcow's. inflated: bytes for each byte read, and what a reader inflates that keeps nothing."]
+    if any(each.name == "convert" and len(each.results) > 1 for each in found.measurements) and found.qemu:
+        lines += ["qemu-img convert is a process, and its start counts; fastqcow's conversion runs within this one."]
     return lines + [f"left out: {what}: {why}" for what, why in found.left_out]
 
 
