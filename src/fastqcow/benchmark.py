@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from fastqcow.chain import available_cpus
 from fastqcow.conversion import convert
+from fastqcow.cpus import available_cpus
 from fastqcow.image import open_raw
 from fastqcow.makeup import REQUEST_SIZES, MakeUp, make_up
 from fastqcow.qemu import PeerError, Qemu, why_not
