@@ -11,7 +11,7 @@ import pytest
 import fastqcow
 from conftest import Qemu
 from fastqcow.cli import main
-from images import build, patched
+from images import build, extension, patched
 
 GOOD = build([0, 0])
 
@@ -117,3 +117,12 @@ def test_backing_chain_that_loops(tmp_path: Path) -> None:
     path.write_bytes(build([0], backing=("self.qcow2", "qcow2")))
     assert "comes back" in fastqcow.info(path)["unreadable"]
     assert main(["info", "--backing-chain", str(path)]) == 1
+
+
+def test_unknown_extensions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "disk.qcow2"
+    path.write_bytes(build([0], extensions=extension(0x12345678, b"whatever") + extension(1, b"")))
+    expected = [{"magic": "0x12345678", "length": 8}, {"magic": "0x00000001", "length": 0}]
+    assert fastqcow.info(path)["unknown-extensions"] == expected
+    assert main(["info", str(path)]) == 0
+    assert "unknown header extension: 0x12345678 (8 bytes)\n" in capsys.readouterr().out

@@ -115,6 +115,9 @@ def layer_info(
         result["encrypted"] = True
     if snapshots:
         result["snapshots"] = [_snapshot_info(entry) for entry in snapshots]
+    if header.unknown_extensions:
+        found = header.unknown_extensions
+        result["unknown-extensions"] = [{"magic": f"{each.magic:#010x}", "length": len(each.data)} for each in found]
     if header.backing_name is not None:
         result["backing-filename"] = header.backing_name
         result["full-backing-filename"] = _full_backing_name(source, header.backing_name)

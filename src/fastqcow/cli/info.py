@@ -63,6 +63,8 @@ def human(found: dict[str, Any]) -> str:
     if "format-specific" in found:
         lines.append("Format specific information:")
         lines += value_lines(found["format-specific"]["data"], "    ")
+    for each in found.get("unknown-extensions", ()):
+        lines.append(f"unknown header extension: {each['magic']} ({each['length']} bytes)")
     if "unreadable" in found:
         lines.append(f"cannot be read: {found['unreadable']}")
     return "\n".join(printable(line) for line in lines)
