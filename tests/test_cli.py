@@ -145,9 +145,15 @@ def test_other_formats_are_refused_by_name(
     if fmt == "luks":
         options = ["key-secret=key,iter-time=10"]
     secret = ["--object", "secret,id=key,data=x"] if fmt == "luks" else []
-    made = qemu.img("create", "-q", *secret, "-f", fmt, *(word for o in options for word in ("-o", o)), image, "2M", check=False)
-    if made.returncode != 0:
-        pytest.skip(made.stderr.strip())
+    for _ in range(20):  # of LUKS it times its own hashing, and gives up where the clock does not move meanwhile
+        made = qemu.img(
+            "create", "-q", *secret, "-f", fmt, *(word for o in options for word in ("-o", o)), image, "2M", check=False
+        )
+        if "CPU usage" not in made.stderr:
+            break
+    if "Unknown file format" in made.stderr:
+        pytest.skip(f"this qemu-img makes no {fmt}")
+    assert made.returncode == 0, made.stderr
     assert f"file format: {fmt}\n" in qemu.img("info", image).stdout
     arguments = {"compare": [path, image], "checksum": [image], "convert": [image, out]}
     for command, names in arguments.items():
