@@ -212,8 +212,8 @@ struct fq_job {
     const fq_dest *dest; /* where the bytes go; NULL: to write() */
     fq_status (*write)(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, fq_error *error); /* NULL: zeroes */
     void *arg;                                                                                                   /* for write() */
-    bool zeroes_are_free;  /* write() does nothing for zeroes: they need not be cut up */
-    uint64_t batch_nbytes; /* claim about so much at a time */
+    bool zeroes_are_free; /* write() does nothing for zeroes: they need not be cut up */
+    unsigned threads;
     uint64_t end;
 
     pthread_mutex_t lock;

@@ -123,7 +123,7 @@ void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nb
 {
     *job = (fq_job){.reader = reader,
                     .request = request,
-                    .batch_nbytes = BATCH_NBYTES_MAX,
+                    .threads = 1,
                     .cursor = guest_off,
                     .end = guest_off + nbytes,
                     .error = {.status = FQ_OK}};
@@ -142,6 +142,14 @@ static void cut_run(fq_job *job, fq_run *run, uint64_t nbytes)
     run->nbytes = nbytes;
 }
 
+/* The first claims are large, which costs least, and the last ones small, so that all threads end at about the same time. */
+static uint64_t batch_nbytes_of(const fq_job *job)
+{
+    const uint64_t fair = (job->end - job->cursor) / job->threads / 2;
+
+    return job->threads == 1 || fair > BATCH_NBYTES_MAX ? BATCH_NBYTES_MAX : fair < BATCH_NBYTES_MIN ? BATCH_NBYTES_MIN : fair;
+}
+
 /*
  * Plan the next batch. Called by one thread at a time. Compressed clusters are not cut, all other runs are cut where the batch is
  * full. A batch to be written is either all zeroes, and then longer, or has none. A run that cannot be planned ends the batch
@@ -150,10 +158,12 @@ static void cut_run(fq_job *job, fq_run *run, uint64_t nbytes)
  */
 static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
 {
+    const uint64_t batch_nbytes = batch_nbytes_of(job);
+
     b->guest_off = job->cursor;
-    while (b->count < FQ_BATCH_RUNS && b->nbytes < job->batch_nbytes && job->cursor < job->end) {
+    while (b->count < FQ_BATCH_RUNS && b->nbytes < batch_nbytes && job->cursor < job->end) {
         fq_run *run = &b->runs[b->count];
-        const uint64_t room = job->batch_nbytes - b->nbytes;
+        const uint64_t room = batch_nbytes - b->nbytes;
         fq_error at;
         fq_status status = FQ_OK;
 
@@ -325,6 +335,7 @@ static void work(void *arg, bool is_caller)
 
 fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error)
 {
+    job->threads = threads;
     fq_pool_run(threads > 1 ? threads - 1 : 0, work, fq_job_poll, job);
     pthread_mutex_destroy(&job->lock);
     pthread_cond_destroy(&job->turn);
@@ -394,9 +405,6 @@ fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint6
     fq_job_init(&job, r, guest_off, nbytes, request);
     job.dest = &dest;
     job.keep = nbytes < r->keep_nbytes;
-    /* Four batches a thread even out what one cluster costs more than another. */
-    if (threads > 1 && nbytes / threads / 4 < job.batch_nbytes)
-        job.batch_nbytes = nbytes / threads / 4 > BATCH_NBYTES_MIN ? nbytes / threads / 4 : BATCH_NBYTES_MIN;
     status = fq_job_run(&job, threads, error);
     if (status == FQ_OK) {
         fq_count(&r->bytes_returned, nbytes);

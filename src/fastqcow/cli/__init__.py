@@ -7,6 +7,7 @@ ends in one line on standard error: exit code 1 as of qemu-img, 130 after Ctrl-C
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import os
 import signal
@@ -67,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     argv = sys.argv[1:] if argv is None else argv
     arguments = _parser(argv).parse_args(argv)
+    gc.freeze()  # what is imported stays: no collection need look at it, not even the one at the end
     warnings.showwarning = _warn
     before = signal.signal(signal.SIGTERM, _stop)
     try:
