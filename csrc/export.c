@@ -7,6 +7,9 @@
  *
  * Zeroes inside data are found a grain at a time (4 KiB as qemu-img does, at offsets that are multiples of it): the first word
  * tells for almost every grain that it is not zero; for one that may be, memcmp with itself one word on runs at memory speed.
+ *
+ * On demand, plain data is copied by the kernel, which on file systems that share blocks costs nothing. Nobody looks for zeroes
+ * then.
  */
 #include "internal.h"
 #include "layout.h"
@@ -23,7 +26,7 @@ static const uint8_t zeroes[ZEROES_NBYTES];
 typedef struct export_to {
     const fq_target *target;
     atomic_uint_fast64_t written;
-    atomic_bool cannot_punch;
+    atomic_bool cannot_punch, cannot_copy;
 } export_to;
 
 static bool is_zero(const uint8_t *p, size_t nbytes)
@@ -117,6 +120,25 @@ static fq_status write_batch(fq_job *job, uint64_t guest_off, const uint8_t *byt
                  : write_zeroes(job, job->arg, guest_off, nbytes, error);
 }
 
+/* What stops it is met again where the bytes are read and written, and reported there. */
+static bool copy_batch(fq_job *job, const fq_batch *b)
+{
+    export_to *to = job->arg;
+
+    for (size_t i = 0; i < b->count; i++) {
+        const fq_run *run = &b->runs[i];
+
+        if (atomic_load(&to->cannot_copy))
+            return false;
+        if (!fq_source_copy(run->layer->data, run->host_off, to->target->fd, run->guest_off, run->nbytes)) {
+            atomic_store(&to->cannot_copy, true);
+            return false;
+        }
+    }
+    fq_count(&to->written, b->nbytes);
+    return true;
+}
+
 fq_status fq_export(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                     const fq_request *request, fq_error *error)
 {
@@ -130,6 +152,7 @@ fq_status fq_export(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_
     fq_job_init(&job, r, guest_off, nbytes, request);
     job.write = write_batch;
     job.zeroes_are_free = target->reads_zero;
+    job.copy = target->offload ? copy_batch : NULL;
     job.arg = &to;
     status = fq_job_run(&job, r->threads, error);
     *written = atomic_load(&to.written);

@@ -254,6 +254,7 @@ typedef struct fq_target {
     int fd;          /* written by position; its own position is not touched */
     uint64_t grain;  /* runs of zeroes in units of so many bytes are not written as data; 0: everything is written */
     bool reads_zero; /* what is not written reads as zeroes already (a new file) */
+    bool offload;    /* plain data is copied by the kernel where it can, zeroes in it too */
 } fq_target;
 
 /* Write the guest range to the same offsets of the target, by many threads. *written counts bytes of data written. */

@@ -18,6 +18,8 @@
 bool fq_source_ordered(const fq_source *source);
 /* The run of holes or of data that starts at host_off, at most nbytes long: its length; *hole says which. */
 uint64_t fq_source_run(const fq_source *source, uint64_t host_off, uint64_t nbytes, bool *hole);
+/* Let the kernel copy a range to a descriptor, by sharing its blocks if it can. Whether it did; a part may be written if not. */
+bool fq_source_copy(const fq_source *source, uint64_t host_off, int fd, uint64_t off, uint64_t nbytes);
 
 /* ---- inflate.c: the codecs' states, for one thread at a time; made on first use, kept for the next cluster */
 
@@ -211,8 +213,9 @@ struct fq_job {
     const fq_request *request;
     const fq_dest *dest; /* where the bytes go; NULL: to write() */
     fq_status (*write)(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, fq_error *error); /* NULL: zeroes */
-    void *arg;                                                                                                   /* for write() */
-    bool zeroes_are_free; /* write() does nothing for zeroes: they need not be cut up */
+    bool (*copy)(fq_job *job, const fq_batch *batch); /* tried on plain data, before it is fetched: whether it is done; or NULL */
+    void *arg;                                        /* for write() and copy() */
+    bool zeroes_are_free;                             /* write() does nothing for zeroes: they need not be cut up */
     unsigned threads;
     uint64_t end;
 

@@ -142,6 +142,16 @@ static void cut_run(fq_job *job, fq_run *run, uint64_t nbytes)
     run->nbytes = nbytes;
 }
 
+/* How what a run holds gets to where it is written. */
+typedef enum way { WAY_FETCH, WAY_ZEROES, WAY_COPY } way;
+
+static way way_of(const fq_job *job, const fq_run *run)
+{
+    if (fq_run_reads_zero(run))
+        return WAY_ZEROES;
+    return job->copy && run->kind == FQ_DATA && !run->layer->crypt.run ? WAY_COPY : WAY_FETCH;
+}
+
 /* The first claims are large, which costs least, and the last ones small, so that all threads end at about the same time. */
 static uint64_t batch_nbytes_of(const fq_job *job)
 {
@@ -152,9 +162,9 @@ static uint64_t batch_nbytes_of(const fq_job *job)
 
 /*
  * Plan the next batch. Called by one thread at a time. Compressed clusters are not cut, all other runs are cut where the batch is
- * full. A batch to be written is either all zeroes, and then longer, or has none. A run that cannot be planned ends the batch
- * before it; the next claim meets it first, and fails. (But a source that fails is not asked again.) A run is looked up once, in
- * however many batches it ends: some file systems look for the next hole page by page.
+ * full. A batch to be written goes one way; one of zeroes is longer. A run that cannot be planned ends the batch before it; the
+ * next claim meets it first, and fails. (But a source that fails is not asked again.) A run is looked up once, in however many
+ * batches it ends: some file systems look for the next hole page by page.
  */
 static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
 {
@@ -178,11 +188,11 @@ static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
             *error = at;
             return status;
         }
-        if (job->write && b->count > 0 && fq_run_reads_zero(run) != fq_run_reads_zero(&b->runs[0])) {
+        if (job->write && b->count > 0 && way_of(job, run) != way_of(job, &b->runs[0])) {
             job->rest = *run;
             return FQ_OK;
         }
-        if (job->write && fq_run_reads_zero(run)) {
+        if (job->write && way_of(job, run) == WAY_ZEROES) {
             if (!job->zeroes_are_free && run->nbytes > ZEROES_NBYTES_MAX)
                 cut_run(job, run, ZEROES_NBYTES_MAX);
         } else if (run->nbytes > room && run->kind != FQ_COMPRESSED) {
@@ -274,7 +284,7 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     fq_dest own = {&buffer, 1, 0};
     const fq_dest *dest = job->dest ? job->dest : &own;
     const bool ordered = job->reader->ordered;
-    bool zeroes; /* nothing to read: write() makes them itself */
+    bool copied = false, fetched; /* not so: zeroes, which write() makes itself */
     fq_error error;
     fq_status status = FQ_OK;
 
@@ -291,22 +301,24 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     if (!ordered)
         pthread_mutex_unlock(&job->lock);
 
-    zeroes = b->count == 0 || (job->write && fq_run_reads_zero(&b->runs[0]));
-    if (!zeroes && !job->dest) {
+    if (b->count > 0 && job->write && way_of(job, &b->runs[0]) == WAY_COPY)
+        copied = job->copy(job, b);
+    fetched = b->count > 0 && !copied && !(job->write && fq_run_reads_zero(&b->runs[0]));
+    if (fetched && !job->dest) {
         if (!fq_scratch_grow(&scratch->gather, &scratch->gather_capacity, (size_t)b->nbytes))
             status = fq_fail(&error, FQ_ERR_NOMEM, b->guest_off, FQ_NOWHERE, FQ_NOWHERE);
         buffer = (fq_iovec){scratch->gather, (size_t)b->nbytes, 0};
         own.guest_off = b->guest_off;
     }
-    if (!zeroes && status == FQ_OK)
+    if (fetched && status == FQ_OK)
         status = fq_batch_fetch(job, b, scratch, dest, &error);
     if (ordered)
         give_turn(job, status);
 
-    if (!zeroes && status == FQ_OK)
+    if (fetched && status == FQ_OK)
         status = fq_batch_inflate(job, b, scratch, dest, &error);
     fq_batch_release(b);
-    if (status == FQ_OK && job->write && b->count > 0)
+    if (status == FQ_OK && job->write && b->count > 0 && !copied)
         status = job->write(job, b->guest_off, buffer.base, b->nbytes, &error);
     if (status != FQ_OK)
         fail_job(job, &error);

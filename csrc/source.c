@@ -103,6 +103,27 @@ fq_status fq_source_read(fq_source *s, const fq_request *request, uint8_t *buf, 
     return FQ_OK;
 }
 
+bool fq_source_copy(const fq_source *s, uint64_t host_off, int fd, uint64_t off, uint64_t nbytes)
+{
+#ifdef __linux__
+    off_t from = (off_t)host_off, to = (off_t)off;
+
+    if (s->fd < 0 || host_off > INT64_MAX - nbytes)
+        return false;
+    while (nbytes > 0) {
+        const ssize_t n = copy_file_range(s->fd, &from, fd, &to, (size_t)nbytes, 0);
+
+        if (n <= 0 && !(n < 0 && errno == EINTR))
+            return false;
+        nbytes -= n > 0 ? (uint64_t)n : 0;
+    }
+    return true;
+#else
+    (void)s, (void)host_off, (void)fd, (void)off, (void)nbytes;
+    return false;
+#endif
+}
+
 uint64_t fq_source_run(const fq_source *s, uint64_t host_off, uint64_t nbytes, bool *hole)
 {
     *hole = false;

@@ -43,6 +43,13 @@ def test_convert(path: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out").read_bytes() == PLAIN + bytes(CLUSTER)
 
 
+def test_convert_allocates(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "-C", "-o", "preallocation=falloc", str(path), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out").read_bytes() == PLAIN + bytes(CLUSTER)
+    assert main(["convert", "-C", "-S", "4k", str(path), str(tmp_path / "out")]) == 1
+    assert "cannot be used with -S" in capsys.readouterr().err
+
+
 def test_convert_says_what_it_did(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "--output=json", str(path), str(tmp_path / "out")]) == 0
     said = json.loads(capsys.readouterr().out)
@@ -167,7 +174,16 @@ def test_other_formats_are_refused_by_name(
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nonsense"], ["convert", "x"], ["convert", "-S", "much", "a", "b"], ["convert", "-O", "vmdk", "a", "b"]]
+    "arguments",
+    [
+        [],
+        ["nonsense"],
+        ["convert", "x"],
+        ["convert", "-S", "much", "a", "b"],
+        ["convert", "-O", "vmdk", "a", "b"],
+        ["convert", "-o", "size=1", "a", "b"],
+        ["convert", "-o", "preallocation=metadata", "a", "b"],
+    ],
 )
 def test_bad_arguments_end_in_one_line_and_exit_code_1(arguments: list[str]) -> None:
     done = run(*arguments)

@@ -86,6 +86,60 @@ def test_holes(path: Path, out: Path, sparse_size: int, allocated: int) -> None:
         assert abs(taken - allocated) <= 8192
 
 
+@pytest.mark.parametrize(("preallocation", "written"), [("off", 90112), ("falloc", 90112), ("full", len(CONTENTS))])
+def test_preallocation(path: Path, out: Path, preallocation: Any, written: int) -> None:
+    done = fastqcow.convert(path, out, preallocation=preallocation)
+    assert out.read_bytes() == CONTENTS
+    assert done.bytes_written == written
+    if preallocation != "off" and sys.platform == "linux":
+        assert out.stat().st_blocks * 512 >= len(CONTENTS)
+
+
+def test_preallocation_is_for_new_files(path: Path, out: Path) -> None:
+    with pytest.raises(ValueError, match="'off', 'falloc' or 'full'"):
+        fastqcow.convert(path, out, preallocation="metadata")  # type: ignore[arg-type]
+    out.write_bytes(bytes(len(CONTENTS)))
+    with pytest.raises(ValueError, match="cannot be preallocated"):
+        fastqcow.convert(path, out, preallocation="full", in_place=True)
+
+
+def kernel_copies(folder: Path) -> bool:
+    """Whether this system can copy from file to file here."""
+    (folder / "from").write_bytes(b"x")
+    try:
+        with open(folder / "from", "rb") as src, open(folder / "to", "wb") as dst:
+            return os.copy_file_range(src.fileno(), dst.fileno(), 1) == 1
+    except (AttributeError, OSError):
+        return False
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_copy_offload(path: Path, out: Path, tmp_path: Path, threads: int) -> None:
+    """Zeroes in plain clusters are copied with them."""
+    done = fastqcow.convert(path, out, copy_offload=True, threads=threads)
+    assert out.read_bytes() == CONTENTS
+    assert done.bytes_written == CLUSTER // 2 + CLUSTER - 8192 + (8192 if kernel_copies(tmp_path) else 0)
+
+
+def test_copy_offload_where_the_kernel_cannot(path: Path, out: Path) -> None:
+    """A file object has no descriptor, and a target in another file system or of another kind is refused by the kernel."""
+    fastqcow.convert(io.BytesIO(IMAGE), out, copy_offload=True)
+    assert out.read_bytes() == CONTENTS
+    fastqcow.convert(path, "/dev/null", copy_offload=True)
+
+
+def test_copy_offload_of_what_is_cut_off(path: Path, out: Path) -> None:
+    """A part of the cluster is copied before that is noticed; the error is that of every other way to read it."""
+    path.write_bytes(build([data_entry(AT), data_entry(AT + CLUSTER)], noise(CLUSTER)))
+    messages = []
+    for copy_offload in (False, True):
+        with pytest.raises(fastqcow.FormatError) as caught:
+            fastqcow.convert(path, out, copy_offload=copy_offload)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+    assert leftovers(out) == []
+
+
 @pytest.mark.parametrize("sparse_size", [-512, 1, 1000])
 def test_bad_sparse_size(path: Path, out: Path, sparse_size: int) -> None:
     with pytest.raises(ValueError, match="multiple of 512"):

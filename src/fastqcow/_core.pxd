@@ -156,6 +156,7 @@ cdef extern from "fastqcow.h" nogil:
         int fd
         uint64_t grain
         bint reads_zero
+        bint offload
 
     fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                         const fq_request *request, fq_error *error)

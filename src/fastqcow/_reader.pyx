@@ -459,7 +459,7 @@ cdef class Reader:
         finally:
             free(found)
 
-    def export(self, int fd, path, uint64_t grain, bint reads_zero, progress):
+    def export(self, int fd, path, uint64_t grain, bint reads_zero, bint offload, progress):
         """Write the whole disk to a descriptor, by position; `path` is its name in errors. progress is called with the bytes done.
 
         Returns the bytes written as data.
@@ -473,6 +473,7 @@ cdef class Reader:
         target.fd = fd
         target.grain = grain
         target.reads_zero = reads_zero
+        target.offload = offload
         with nogil:
             status = _core.fq_export(self.c, 0, self.size, &target, &written, &request.c, &error)
         check(status, &error, request, self.paths, path)

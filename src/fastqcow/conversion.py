@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 
 from fastqcow.diskfile import DiskFile
 from fastqcow.image import VmState
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "convert", "refuse_source"]
 
 SPARSE_SIZE = 4096
+Preallocation: TypeAlias = Literal["off", "falloc", "full"]
 
 
 class Conversion(NamedTuple):
@@ -44,6 +45,8 @@ def convert(
     *,
     format: str = "raw",  # noqa: A002 - the word everybody uses
     sparse_size: int = SPARSE_SIZE,
+    preallocation: Preallocation = "off",
+    copy_offload: bool = False,
     in_place: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
@@ -55,6 +58,9 @@ def convert(
         dst: the path to write. An existing file is replaced when everything is written; a block device is written in place.
         format: "raw".
         sparse_size: runs of zeroes of so many bytes (a multiple of 512) become holes; 0 allocates the whole target.
+        preallocation: of the target's space, as for QEMU: "off"; "falloc" reserves all of it; "full" also writes all of it.
+        copy_offload: plain clusters are copied by the kernel where it can (at no cost, where the file system shares blocks between
+            files), and not searched for zeroes.
         in_place: write into the existing target, which must be large enough, and leave its length as it is.
         threads: as for `fastqcow.open`; for an open image its own number counts.
         progress: called some 20 times a second and at the end with (bytes done, bytes in all).
@@ -68,7 +74,13 @@ def convert(
         raise ValueError(f"the output format is {format!r}; it can be 'raw'")
     if sparse_size < 0 or sparse_size % 512:
         raise ValueError(f"sparse_size is {sparse_size}; it is a multiple of 512 bytes, or 0")
+    if preallocation not in ("off", "falloc", "full"):
+        raise ValueError(f"preallocation is {preallocation!r}; it can be 'off', 'falloc' or 'full'")
+    if preallocation == "full":
+        sparse_size = 0
     target = os.path.realpath(os.fsdecode(dst))
+    if preallocation != "off" and _keep(target, in_place):
+        raise ValueError(f"{target}: this target is written in place, and its space cannot be preallocated")
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         # A machine's state is not a disk, but a file like any other.
@@ -84,14 +96,16 @@ def convert(
         if reads_zero:
             with _naming(target):
                 os.truncate(fd, image.size)
-                if sparse_size == 0 and image.size:
+                if (sparse_size == 0 or preallocation != "off") and image.size:
                     reads_zero = _allocate(fd, image.size)
+                    sparse_size = sparse_size if reads_zero else 0
+        reads_zero = reads_zero and preallocation != "full"
 
         def report(done: int) -> None:
             if progress is not None:
                 progress(done, image.size)
 
-        written = reader.export(fd, target, sparse_size, reads_zero, report if progress is not None else None)
+        written = reader.export(fd, target, sparse_size, reads_zero, copy_offload, report if progress is not None else None)
         report(image.size)
         inflated = reader.stats()["clusters_inflated"] - inflated_before
         return Conversion(image.name, os.fsdecode(dst), image.size, written, inflated, time.perf_counter() - started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from fastqcow.cli.common import (
     FORMATS,
@@ -16,7 +17,7 @@ from fastqcow.cli.common import (
     opening,
     size_argument,
 )
-from fastqcow.conversion import SPARSE_SIZE, convert
+from fastqcow.conversion import SPARSE_SIZE, Preallocation, convert
 
 __all__ = ["add", "run"]
 
@@ -40,9 +41,22 @@ def add(commands: Commands) -> None:
         "-S",
         dest="sparse_size",
         type=size_argument,
-        default=SPARSE_SIZE,
         metavar="SIZE",
         help="zeroes of so many bytes become holes (4k); 0 allocates the whole output",
+    )
+    parser.add_argument(
+        "-o",
+        dest="preallocation",
+        type=_preallocation,
+        default="preallocation=off",
+        metavar="preallocation=off|falloc|full",
+        help="reserve the output's space first, or also write all of it",
+    )
+    parser.add_argument(
+        "-C",
+        dest="copy_offload",
+        action="store_true",
+        help="let the kernel copy plain clusters, which some file systems do by sharing them; zeroes in them are not looked for",
     )
     parser.add_argument(
         "-n", dest="in_place", action="store_true", help="write into an existing output, which must be large enough"
@@ -52,15 +66,35 @@ def add(commands: Commands) -> None:
     parser.set_defaults(run=run)
 
 
+def _preallocation(text: str) -> str:
+    name, _, mode = text.partition("=")
+    if name != "preallocation":
+        raise argparse.ArgumentTypeError(f"{name!r} is not an option of the format raw; preallocation is")
+    if mode not in get_args(Preallocation):
+        raise argparse.ArgumentTypeError(f"preallocation is {mode!r}; it can be off, falloc or full")
+    return mode
+
+
 def run(arguments: argparse.Namespace) -> int:
     """A format is not guessed to be raw: a broken download would be copied, and called a disk."""
+    if arguments.copy_offload and arguments.sparse_size is not None:
+        raise ValueError("-C does not look for zeroes, so it cannot be used with -S")
+    sparse_size = SPARSE_SIZE if arguments.sparse_size is None else arguments.sparse_size
     options = {**opening(arguments), "threads": arguments.threads}
     with (
         open_disk(arguments.image, arguments.source_format, guess_raw=False, whole_sectors=True, **options) as image,
         bar(arguments.progress) as report,
     ):
         disk = at_snapshot(image, arguments.snapshot)
-        done = convert(disk, arguments.target, sparse_size=arguments.sparse_size, in_place=arguments.in_place, progress=report)
+        done = convert(
+            disk,
+            arguments.target,
+            sparse_size=sparse_size,
+            preallocation=arguments.preallocation,
+            copy_offload=arguments.copy_offload,
+            in_place=arguments.in_place,
+            progress=report,
+        )
     if arguments.output == "json":
         import json
 
