@@ -5,26 +5,36 @@ peer once, in an order that changes, and what counts is the median, over the rou
 pytest-benchmark keeps the subject's rounds; the peers' medians and the ratios are in its `extra_info`, and are printed at the end.
 
 FASTQCOW_DATA is the folder of boot-zlib.qcow2 (`../shared/data` by default). Without it the suites run on the project's small
-image, which only shows that they work.
+image, which only shows that they work. With `--large` some also run on a disk of 640 MiB of this machine's own files, which is made
+in build/bench when it is first needed.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import shutil
 import statistics
 import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from nbd_peers import missing, qemu_nbd
+from peers import Pread
+from peers import readers as peers_in_process
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastqcow
 
 ROUNDS = 15
+SLOW_SECONDS, SLOW_ROUNDS = 1.5, 3
+LARGE = Path(__file__).parents[1] / "build" / "bench"
+LARGE_NBYTES = 640 << 20
 _lines: list[str] = []
 
 
@@ -35,14 +45,19 @@ def zlib_image() -> Path:
     return real if real.exists() else here / "tests" / "data" / "demo.qcow2"
 
 
-@pytest.fixture(scope="session")
-def zstd_image(zlib_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same disk, compressed by qemu-img with zstd."""
+def compressed(source: Path, path: Path, method: str) -> Path:
+    """The disk of an image, written by qemu-img with all its clusters compressed."""
     if not shutil.which("qemu-img"):
         pytest.skip("qemu-img is not installed")
-    path = tmp_path_factory.mktemp("zstd") / "disk.qcow2"
-    subprocess.run(["qemu-img", "convert", "-c", "-O", "qcow2", "-o", "compression_type=zstd", zlib_image, path], check=True)
-    return path
+    fmt = "qcow2" if source.suffix == ".qcow2" else "raw"
+    options = ["-m", "16", "-c", "-f", fmt, "-O", "qcow2", "-o", f"compression_type={method}"]
+    subprocess.run(["qemu-img", "convert", *options, source, path.with_suffix(".part")], check=True)
+    return path.with_suffix(".part").rename(path)
+
+
+@pytest.fixture(scope="session")
+def zstd_image(zlib_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compressed(zlib_image, tmp_path_factory.mktemp("zstd") / "disk.qcow2", "zstd")
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +68,61 @@ def raw(zlib_image: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["zlib", "zstd"])
+@pytest.fixture(scope="session")
+def large_raw() -> Path:
+    """An ext4 file system of files of this machine, in the order of their names, until there are enough."""
+    path = LARGE / "disk.raw"
+    if path.exists():
+        return path
+    LARGE.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=LARGE) as folder:
+        copied = 0
+        for directory, names, files in os.walk("/usr"):
+            names.sort()
+            for name in sorted(files):
+                file = Path(directory, name)
+                if file.is_file() and not file.is_symlink() and copied + file.stat().st_size <= LARGE_NBYTES:
+                    to = Path(folder) / file.relative_to("/")
+                    to.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, to)
+                    copied += file.stat().st_size
+        part = path.with_suffix(".part")
+        mkfs = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/sbin:/usr/sbin")
+        if mkfs is None:
+            pytest.skip("mkfs.ext4 is not installed")
+        subprocess.run([mkfs, "-q", "-d", folder, part, f"{2 * LARGE_NBYTES >> 10}k"], check=True)
+    return part.rename(path)
+
+
+@pytest.fixture
 def image(request: pytest.FixtureRequest) -> Path:
-    path: Path = request.getfixturevalue(f"{request.param}_image")
-    return path
+    """Each image in turn: conftest.py names them."""
+    large, _, method = request.param.rpartition(" ")
+    if not large:
+        small: Path = request.getfixturevalue(f"{method}_image")
+        return small
+    path = LARGE / f"{method}.qcow2"
+    return path if path.exists() else compressed(request.getfixturevalue("large_raw"), path, method)
+
+
+@pytest.fixture
+def raw_of(request: pytest.FixtureRequest) -> Callable[[Path], Path]:
+    """The file that has the bytes of an image uncompressed."""
+    return lambda image: Path(request.getfixturevalue("large_raw" if image.parent == LARGE else "raw"))
+
+
+@pytest.fixture
+def readers() -> Iterator[Callable[[Path, Path], dict[str, Callable[[], Pread]]]]:
+    """How to open an image anew by each reader there is, fastqcow first; qemu-nbd's server ends with the test."""
+    with contextlib.ExitStack() as stack:
+
+        def found(image: Path, raw: Path) -> dict[str, Callable[[], Pread]]:
+            peers = peers_in_process(image, raw)
+            if not missing("qemu-nbd"):
+                peers["qemu-nbd"] = stack.enter_context(qemu_nbd(image))
+            return peers
+
+        yield found
 
 
 class Alternating:
@@ -65,32 +131,40 @@ class Alternating:
         self.title = title
 
     def __call__(self, peers: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> None:
-        """Time the peers in turn; the first one is the subject."""
-        names = list(peers)
+        """Time the peers in turn; the first one is the subject. Slow ones only take part in the first rounds."""
+        subject, *names = peers
+        own: list[float] = []
         times: dict[str, list[float]] = {name: [] for name in names}
         if self.benchmark.disabled:
             rounds = 1
+        slow = {name for name in names if _timed(peers[name]) > SLOW_SECONDS}  # which also warms up caches, the same for all
+        peers[subject]()
 
         def subject_after_peers() -> tuple[tuple[()], dict[str, Any]]:
             """pytest-benchmark calls this before each round, untimed."""
-            for name in names[1:]:
-                times[name].append(_timed(peers[name]))
-            names[1:] = names[2:] + names[1:2]
+            for name in names:
+                if name not in slow or len(own) < SLOW_ROUNDS:
+                    times[name].append(_timed(peers[name]))
+            names.append(names.pop(0)) if names else None
             return (), {}
 
-        def subject() -> None:
-            times[names[0]].append(_timed(peers[names[0]]))
+        def run() -> None:
+            own.append(_timed(peers[subject]))
 
-        for peer in peers.values():
-            peer()  # warms up caches, the same for all
-        self.benchmark.pedantic(subject, setup=subject_after_peers, rounds=rounds)  # type: ignore[no-untyped-call]
+        self.benchmark.pedantic(run, setup=subject_after_peers, rounds=rounds)  # type: ignore[no-untyped-call]
         if not self.benchmark.disabled:
-            self.report(names[0], times)
+            self.report(subject, own, {subject: own, **times})
 
-    def report(self, subject: str, times: dict[str, list[float]]) -> None:
-        for name, found in sorted(times.items()):
-            ratio = statistics.median(peer / own for peer, own in zip(found, times[subject], strict=True))
-            self.benchmark.extra_info[name] = {"median_s": statistics.median(found), "over_subject": ratio}
+    def report(self, subject: str, own: list[float], times: dict[str, list[float]]) -> None:
+        """A peer's ratio is the median, over the rounds, of its time over the subject's."""
+        for name, found in times.items():
+            ratio = statistics.median(peer / mine for peer, mine in zip(found, own, strict=False))
+            self.benchmark.extra_info[name] = {
+                "median_s": statistics.median(found),
+                "least_s": min(found),
+                "most_s": max(found),
+                "over_subject": ratio,
+            }
             _lines.append(
                 f"{self.title:<44} {name:<28} {statistics.median(found) * 1e3:9.1f} ms  "
                 f"[{min(found) * 1e3:.1f} .. {max(found) * 1e3:.1f}]  {ratio:6.2f} x {subject}"
@@ -104,8 +178,9 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 @pytest.fixture
-def alternating(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Alternating:
-    return Alternating(benchmark, request.node.name.removeprefix("test_"))
+def alternating(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Iterator[Alternating]:
+    yield Alternating(benchmark, request.node.name.removeprefix("test_"))
+    gc.collect()  # some peers leave closing their files to it: see conftest.py
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -16,12 +16,12 @@ Pread = Callable[[int, int], bytes]  # (bytes, guest offset)
 
 
 def readers(image: Path, raw: Path) -> dict[str, Callable[[], Pread]]:
-    """How to open the image anew by each reader that is installed, fastqcow first; and the same bytes uncompressed."""
+    """How to open the image anew by each reader in Python that is installed, fastqcow first; and the same bytes uncompressed."""
     found: dict[str, Callable[[], Pread]] = {"fastqcow": lambda: fastqcow.open(image).pread}
     found["fastqcow, 1 thread"] = lambda: fastqcow.open(image, threads=1).pread
     if importlib.util.find_spec("dissect") and importlib.util.find_spec("dissect.hypervisor"):
         found["dissect.hypervisor"] = lambda: _dissect(image)
-    if importlib.util.find_spec("pyqcow"):
+    if importlib.util.find_spec("pyqcow") and fastqcow.info(image)["format-specific"]["data"]["compression-type"] == "zlib":
         found["libqcow"] = lambda: _libqcow(image)
     found["raw file"] = lambda: _raw(raw)
     return found

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from alternating import Alternating
-from peers import Pread, Streams, readers
+from peers import Pread, Streams
 
 import fastqcow
 
@@ -35,17 +35,36 @@ def replay(opened: Callable[[], Pread], trace: list[tuple[int, int]]) -> Callabl
     return run
 
 
-def test_boot(alternating: Alternating, zlib_image: Path, raw: Path, trace: list[tuple[int, int]]) -> None:
-    found = readers(zlib_image, raw)
-    found["fastqcow"] = lambda: fastqcow.open(zlib_image, cache_size=CACHE_SIZE).pread
+@pytest.mark.parametrize("method", ["zlib", "zstd"])
+def test_boot(
+    alternating: Alternating,
+    method: str,
+    request: pytest.FixtureRequest,
+    raw: Path,
+    trace: list[tuple[int, int]],
+    readers: Callable[[Path, Path], dict[str, Callable[[], Pread]]],
+) -> None:
+    image: Path = request.getfixturevalue(f"{method}_image")
+    found = readers(image, raw)
+    found["fastqcow"] = lambda: fastqcow.open(image, cache_size=CACHE_SIZE).pread
     peers = {name: replay(opened, trace) for name, opened in found.items()}
-    streams = Streams(zlib_image)
+    streams = Streams(image)
     size = streams.cluster_size
     touched = {c for nbytes, offset in trace for c in range(offset // size, (offset + nbytes - 1) // size + 1)}
     peers["limit, 1 thread"] = streams.inflate(sorted(touched))
     alternating(peers)
 
 
-def test_second_boot(alternating: Alternating, zlib_image: Path, raw: Path, trace: list[tuple[int, int]]) -> None:
+def test_second_boot(
+    alternating: Alternating,
+    zlib_image: Path,
+    raw: Path,
+    trace: list[tuple[int, int]],
+    readers: Callable[[Path, Path], dict[str, Callable[[], Pread]]],
+) -> None:
     image = fastqcow.open(zlib_image, cache_size=CACHE_SIZE)
-    alternating({"fastqcow": replay(lambda: image.pread, trace), "raw file": replay(readers(zlib_image, raw)["raw file"], trace)})
+    others = readers(zlib_image, raw)
+    peers = {"fastqcow": replay(lambda: image.pread, trace), "raw file": replay(others["raw file"], trace)}
+    if "qemu-nbd" in others:
+        peers["qemu-nbd"] = replay(others["qemu-nbd"], trace)
+    alternating(peers)

@@ -10,29 +10,28 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from alternating import Alternating
-from peers import Pread, Streams, readers
+from peers import Pread, Streams
 
 import fastqcow
 
 READS = 20_000
 
 
-@pytest.fixture(scope="module")
-def streams(zlib_image: Path) -> Streams:
-    return Streams(zlib_image)
-
-
-@pytest.fixture(scope="module")
-def clusters(streams: Streams) -> list[int]:
-    """Some that fit into the default cache, in no order."""
+def some(streams: Streams) -> list[int]:
+    """Clusters that fit into the default cache, in no order."""
     chosen = sorted(streams.by_cluster)
     random.Random(1).shuffle(chosen)
     return chosen[:300]
 
 
-def test_first_time(alternating: Alternating, zlib_image: Path, raw: Path, streams: Streams, clusters: list[int]) -> None:
+Readers = Callable[[Path, Path], dict[str, Callable[[], Pread]]]
+
+
+def test_first_time(alternating: Alternating, image: Path, raw_of: Callable[[Path], Path], readers: Readers) -> None:
+    streams = Streams(image)
+    clusters = some(streams)
+
     def read(opened: Callable[[], Pread]) -> Callable[[], object]:
         def run() -> None:
             pread = opened()
@@ -41,7 +40,7 @@ def test_first_time(alternating: Alternating, zlib_image: Path, raw: Path, strea
 
         return run
 
-    peers = {name: read(opened) for name, opened in readers(zlib_image, raw).items()}
+    peers = {name: read(opened) for name, opened in readers(image, raw_of(image)).items()}
     peers["limit, 1 thread"] = streams.inflate(clusters)
     alternating(peers)
 
@@ -61,13 +60,18 @@ def cached(pread: Pread, streams: Streams, clusters: list[int], count: int = REA
     return run
 
 
-def test_cached(alternating: Alternating, zlib_image: Path, raw: Path, streams: Streams, clusters: list[int]) -> None:
-    preads = {name: opened() for name, opened in readers(zlib_image, raw).items() if name != "libqcow"}  # which keeps nothing
+def test_cached(alternating: Alternating, zlib_image: Path, raw: Path, readers: Readers) -> None:
+    streams = Streams(zlib_image)
+    clusters = some(streams)
+    keep_nothing = ("libqcow", "qemu-nbd")
+    preads = {name: opened() for name, opened in readers(zlib_image, raw).items() if name not in keep_nothing}
     alternating({name: cached(pread, streams, clusters) for name, pread in preads.items()})
 
 
-def test_cached_by_many_threads(alternating: Alternating, zlib_image: Path, streams: Streams, clusters: list[int]) -> None:
+def test_cached_by_many_threads(alternating: Alternating, zlib_image: Path) -> None:
     """The same number of reads, shared out."""
+    streams = Streams(zlib_image)
+    clusters = some(streams)
     image = fastqcow.open(zlib_image)
 
     def share_out(count: int) -> Callable[[], object]:

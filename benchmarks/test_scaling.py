@@ -6,7 +6,6 @@ The limit: the same clusters inflated from memory by as many threads, with nothi
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +14,10 @@ from alternating import Alternating
 from peers import Streams
 
 import fastqcow
+from fastqcow.cpus import available_cpus
 
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-THREADS = [n for n in (1, 2, 4, 8, 16) if n <= CPUS]
+CPUS = available_cpus()
+THREADS = sorted({*(n for n in (1, 2, 4, 8, 16) if n <= CPUS), CPUS})
 PIECE = 4 << 20
 
 
