@@ -208,13 +208,13 @@ def machine(info: dict[str, Any]) -> str:
 def page(results: dict[str, Info], run: dict[str, Any], plots: dict[str, str]) -> Iterable[str]:
     yield "# How fast, and against what\n"
     yield "Written by `script/bench`, from one run; to see it for your machine, run that. The suites are those in `benchmarks/`,"
-    yield "where each says what it measures. Peers take turns, so that a machine's drift hits all of them; what counts is the median"
-    yield "of the ratios. Ratios are printed with two decimals, and compared with the targets as printed.\n"
+    yield "where each says what it measures. Peers take turns, so that a machine's drift hits all of them; what counts is the"
+    yield "median of the ratios. Ratios are printed with two decimals, and compared with the targets as printed.\n"
     yield f"- Machine: {machine(run['machine_info'])}"
     yield f"- Versions: {'; '.join(versions())}"
     yield f"- Run: {run['datetime'][:10]}"
-    yield "- Images: zlib, a real Debian system, 1 GiB with 115 MB in 1,766 compressed clusters, written by qemu-img; zstd, the same"
-    yield "  disk; large zlib and large zstd, 640 MiB of a machine's files in ext4"
+    yield "- Images: zlib, a real Debian system, 1 GiB with 115 MB in 1,766 compressed clusters, written by qemu-img; zstd, the"
+    yield "  same disk; large zlib and large zstd, 640 MiB of a machine's files in ext4"
     yield "- The limit: the same clusters inflated from memory, by libdeflate or libzstd, with nothing around\n"
     yield "## Targets\n"
     yield from target_rows(results, available_cpus())
