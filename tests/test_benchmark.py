@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 
 import fastqcow
 from conftest import Qemu
+from fastqcow import libnbd
 from fastqcow.benchmark import Benchmark, benchmark
 from fastqcow.cli import main
 from fastqcow.makeup import make_up
@@ -162,6 +164,8 @@ def test_against_qemu(qemu: Qemu, path: Path, temporary: Path) -> None:
     assert found.qemu
     readers = {each.name: [result.reader for result in each.results] for each in found.measurements}
     assert readers["convert"] == ["fastqcow", "uncompressed", "qemu-img convert", "qemu-img convert -m 16 -W"]
+    nbd = shutil.which("qemu-nbd") and libnbd.is_installed()
+    assert readers["random"] == ["fastqcow", "uncompressed", "qemu-img bench", *(["qemu-nbd"] if nbd else [])]
     assert list(temporary.iterdir()) == []
 
 

@@ -137,7 +137,7 @@ def benchmark(
         seconds: what each measurement may take, about. Of an image that holds more than a GiB for each of them a part is measured.
         trace: requests to replay.
         uncompressed: compare with a raw copy, in the directory for temporary files ($TMPDIR).
-        qemu: compare with qemu-img, and qemu-nbd where libnbd's Python binding is, if they are installed.
+        qemu: compare with qemu-img, and qemu-nbd where libnbd is, if they are installed.
         report: called with the title of each measurement before it starts.
 
     Raises:
@@ -376,8 +376,8 @@ class _Bench:
             found: dict[str, Callable[[Work], Run]] = {}
             if self.qemu:
                 try:
-                    pread = stack.enter_context(self.qemu.served())
-                    found["qemu-nbd"] = partial(replay, lambda buffers, offset: pread(len(buffers[0]), offset))
+                    client = stack.enter_context(self.qemu.served())
+                    found["qemu-nbd"] = partial(replay, client.preadv)
                 except PeerError as e:
                     self.leave_out("qemu-nbd", str(e))
             yield found

@@ -12,10 +12,11 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from fastqcow.image import Snapshot
+from fastqcow.libnbd import Client, is_installed
 
 if TYPE_CHECKING:
     from fastqcow.image import Image
@@ -101,30 +102,19 @@ class Qemu:
         return done.stdout
 
     @contextlib.contextmanager
-    def served(self) -> Iterator[Callable[[int, int], object]]:
-        """What reads (bytes, offset) from qemu-nbd, by libnbd's Python binding, until the end of the block.
+    def served(self) -> Iterator[Client]:
+        """A client of a qemu-nbd that ends with the block.
 
         Raises:
-            PeerError: one of the two is missing, or does not start.
+            PeerError: qemu-nbd or libnbd is missing, or does not start.
         """
         if self.nbd is None:
             raise PeerError("qemu-nbd is not installed")
-        handle = _libnbd().NBD()
+        if not is_installed():
+            raise PeerError("libnbd is not installed")
         try:
-            try:
-                handle.connect_systemd_socket_activation([self.nbd, "--read-only", "--format=qcow2", self.path])
-            except Exception as e:  # a type of its own
-                raise PeerError(f"qemu-nbd does not start: {e}") from None
-            yield handle.pread
-        finally:
-            with contextlib.suppress(Exception):
-                handle.shutdown()  # qemu-nbd ends with its only client
-
-
-def _libnbd() -> Any:
-    import importlib
-
-    try:
-        return importlib.import_module("nbd")
-    except ImportError:
-        raise PeerError("libnbd's Python binding is not installed") from None
+            client = Client.of_command([self.nbd, "--read-only", "--format=qcow2", self.path])
+        except OSError as e:
+            raise PeerError(f"qemu-nbd does not start: {e}") from None
+        with contextlib.closing(client):
+            yield client

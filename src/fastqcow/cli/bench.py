@@ -27,7 +27,7 @@ def add(commands: Commands) -> None:
         "bench",
         help="measure what compression costs on an image",
         description="Say what an image is made of, and measure how fast it is read: against the same bytes uncompressed, in a "
-        "temporary file in $TMPDIR, and against qemu-img, and qemu-nbd where libnbd's Python binding is, if they are installed. "
+        "temporary file in $TMPDIR, and against qemu-img, and qemu-nbd where libnbd is, if they are installed. "
         "Each measurement takes about as long as --seconds says, a trace and the conversion some times that.",
         epilog="example: fastqcow bench --report bench.html disk.qcow2",
     )
