@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import pty
+import shutil
 import struct
 import subprocess
 import sys
@@ -191,6 +192,22 @@ def test_bad_arguments_end_in_one_line_and_exit_code_1(arguments: list[str]) -> 
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert "--help" in done.stderr
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_completion(shell: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Bash and zsh, where they are, take what is said; bash completes a command by it."""
+    pytest.importorskip("shtab")
+    assert main(["completion", shell]) == 0
+    script = tmp_path / "completion"
+    script.write_text(capsys.readouterr().out)
+    if shell != "tcsh" and shutil.which(shell):
+        subprocess.run([shell, "-n", script], check=True)
+    if shell == "bash" and shutil.which("bash"):
+        ask = f'. {script}; COMP_WORDS=(fastqcow con); COMP_CWORD=1; {{ complete -p fastqcow; }} | sed "s/.*-F \\([^ ]*\\).*/\\1/"'
+        function = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout.strip()
+        ask = f'. {script}; COMP_WORDS=(fastqcow con); COMP_CWORD=1; {function}; echo "${{COMPREPLY[@]}}"'
+        assert subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout.split() == ["convert"]
 
 
 @pytest.mark.parametrize("command", [[], ["info"], ["map"], ["convert"], ["snapshot"], ["bench"]])

@@ -16,9 +16,9 @@ import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
-__all__ = ["main"]
+__all__ = ["main", "parser"]
 
-_COMMANDS = ("info", "map", "convert", "check", "compare", "checksum", "snapshot", "bitmap", "bench")
+_COMMANDS = ("info", "map", "convert", "check", "compare", "checksum", "snapshot", "bitmap", "bench", "completion")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,21 +28,21 @@ class _Parser(argparse.ArgumentParser):
         self.exit(1, f"{self.prog}: {message}; try '{self.prog} --help'\n")
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def parser(argv: Sequence[str] = ()) -> argparse.ArgumentParser:
     """Knows all commands, or if the first argument names one that alone: to load them all takes longer than some of them do."""
     from fastqcow import __version__
 
-    parser = _Parser(
+    made = _Parser(
         prog="fastqcow",
         description="Read qcow2 disk images, above all compressed ones, fast and right.",
         epilog="example: fastqcow convert -p disk.qcow2 disk.raw",
     )
-    parser.add_argument("--version", action="version", version=f"fastqcow {__version__}")
-    parser.set_defaults(failure=1)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    made.add_argument("--version", action="version", version=f"fastqcow {__version__}")
+    made.set_defaults(failure=1)
+    commands = made.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name in argv[:1] if argv[:1] and argv[0] in _COMMANDS else _COMMANDS:
         importlib.import_module(f"fastqcow.cli.{name}").add(commands)
-    return parser
+    return made
 
 
 def _settle_output() -> None:
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastqcow.errors import Error, explain
 
     argv = sys.argv[1:] if argv is None else argv
-    arguments = _parser(argv).parse_args(argv)
+    arguments = parser(argv).parse_args(argv)
     gc.freeze()  # what is imported stays: no collection need look at it, not even the one at the end
     warnings.showwarning = _warn
     before = signal.signal(signal.SIGTERM, _stop)
