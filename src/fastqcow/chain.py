@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastqcow.crypt import Password
     from fastqcow.policy import Rule
 
-__all__ = ["Layer", "Options", "make_options", "open_chain", "open_view", "reopened", "walk"]
+__all__ = ["Layer", "Options", "is_encrypted", "make_options", "open_chain", "open_view", "reopened", "walk"]
 
 DEPTH_MAX = 200
 L1_NBYTES_MAX = 256 << 20  # of all layers together; each may have 32 MiB
@@ -167,6 +167,16 @@ def open_view(image: Layer, options: Options, *, size: int, l1_off: int, l1_entr
     source, crypt = image.reader.source, image.crypt
     reader = _open_reader(source, head, image.data, crypt, below, image.reader, options, 0, size, l1_off, l1_entries)
     return Layer(reader, head, image.data, crypt, below)
+
+
+def is_encrypted(layer: Layer) -> bool:
+    """Whether some file of the chain needed a password."""
+    top: Layer | None = layer
+    while top is not None:
+        if top.crypt is not None:
+            return True
+        top = top.backing
+    return False
 
 
 def reopened(layer: Layer, options: Options) -> Layer:

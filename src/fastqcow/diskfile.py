@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fastqcow import _reader
 from fastqcow.locks import ForkSafeLock
+from fastqcow.origin import Origin
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -51,10 +52,11 @@ class DiskFile(io.RawIOBase):
     `tell` share one position, as those of any file. Closing the file lets reads that are under way in other threads finish.
     """
 
-    def __init__(self, reader: Reader, start: int = 0) -> None:
+    def __init__(self, reader: Reader, origin: Origin, start: int = 0) -> None:
         """The reader's bytes from `start` on."""
         super().__init__()
         self._reader: Reader | None = reader
+        self._origin = origin
         self._start = start
         self._size = reader.size - start
         self._position = 0
@@ -83,6 +85,14 @@ class DiskFile(io.RawIOBase):
         if reader is None:
             raise ValueError("I/O operation on closed image")
         return reader
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as how it was opened; unpickling opens it again."""
+        self._open_reader()
+        return self._reopening()
+
+    def _reopening(self) -> tuple[Any, ...]:
+        return Origin.open, (self._origin.checked(),)
 
     def close(self) -> None:
         # Readers and sources are freed, and descriptors closed, with the last reference: this one, or a running read's.

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastqcow import _reader
 from fastqcow.bitmaps import BitmapEntry, Range, dirty_ranges, read_directory
-from fastqcow.chain import Layer, Options, make_options, open_chain, open_view, reopened
+from fastqcow.chain import Layer, Options, is_encrypted, make_options, open_chain, open_view, reopened
 from fastqcow.describe import layer_info, read_luks
 from fastqcow.diskfile import DiskFile, Extent
 from fastqcow.errors import FormatError
+from fastqcow.origin import Origin, lasting
 from fastqcow.snapshots import SnapshotEntry, check, find, read_table
 from fastqcow.source import open_source
 
@@ -29,16 +30,20 @@ class Image(DiskFile):
 
     `pread` and `preadv` may be called from many threads at once and never move the file position. `read`, `readinto`, `seek` and
     `tell` share one position, as those of any file. Closing the image lets reads that are under way in other threads finish.
+
+    An image pickles as what it was opened by and with; unpickling opens it again, at position 0. So what `open` raises, unpickling
+    does. What does not pickle is a closed image (ValueError), and (TypeError) one with a password, unless that was a function, or
+    from a file object that does not pickle itself.
     """
 
-    def __init__(self, chain: Layer, options: Options) -> None:
+    def __init__(self, chain: Layer, options: Options, origin: Origin) -> None:
         assert chain.header is not None
         source = chain.reader.source
         self._snapshots = read_table(source.pread, chain.header, source.path)
         self._header: Header = chain.header
         self._chain: Layer | None = chain
         self._options = options
-        super().__init__(chain.reader)
+        super().__init__(chain.reader, origin)
 
     @property
     def header(self) -> Header:
@@ -56,7 +61,7 @@ class Image(DiskFile):
         """
         self._open_reader()
         assert self._chain is not None
-        return Image(reopened(self._chain, self._options), self._options)
+        return Image(reopened(self._chain, self._options), self._options, self._origin)
 
     def info(self) -> dict[str, Any]:
         """What `qemu-img info --output=json` says of the image's file, field for field."""
@@ -82,7 +87,7 @@ class Image(DiskFile):
         if entry is None:
             raise KeyError(f"{self.name}: no snapshot has the id or name {name_or_id!r}")
         assert self._chain is not None
-        return Snapshot(self._chain, self._options, entry)
+        return Snapshot(self._chain, self._options, entry, self._origin)
 
     @property
     def bitmaps(self) -> tuple[BitmapEntry, ...]:
@@ -117,15 +122,18 @@ class Image(DiskFile):
 
 
 class Snapshot(Image):
-    """The disk of a moment, open for reading. Made by `Image.snapshot`."""
+    """The disk of a moment, open for reading. Made by `Image.snapshot`.
 
-    def __init__(self, image: Layer, options: Options, entry: SnapshotEntry) -> None:
+    It pickles as its image does, and unpickling raises KeyError where the image does not have this snapshot any more.
+    """
+
+    def __init__(self, image: Layer, options: Options, entry: SnapshotEntry, origin: Origin) -> None:
         assert image.header is not None
         check(entry, image.header, image.reader.source.path)
         self._image: Layer | None = image
         self._entry = entry
         table = {"l1_off": entry.l1_off, "l1_entries": entry.l1_entries}
-        super().__init__(open_view(image, options, size=entry.disk_size & ~511, with_backing=True, **table), options)
+        super().__init__(open_view(image, options, size=entry.disk_size & ~511, with_backing=True, **table), options, origin)
 
     @property
     def entry(self) -> SnapshotEntry:
@@ -141,12 +149,15 @@ class Snapshot(Image):
         """
         self._open_reader()
         assert self._image is not None
-        return VmState(self._image, self._options, self._entry)
+        return VmState(self._image, self._options, self._entry, self._origin)
 
     def reopened(self) -> Snapshot:
         self._open_reader()
         assert self._image is not None
-        return Snapshot(reopened(self._image, self._options), self._options, self._entry)
+        return Snapshot(reopened(self._image, self._options), self._options, self._entry, self._origin)
+
+    def _reopening(self) -> tuple[Any, ...]:
+        return _open_snapshot, (self._origin.checked(), self._entry)
 
     def close(self) -> None:
         self._image = None
@@ -156,8 +167,9 @@ class Snapshot(Image):
 class VmState(DiskFile):
     """The machine state of a snapshot: it is stored behind the end of the disk, from the next L2 table on."""
 
-    def __init__(self, image: Layer, options: Options, entry: SnapshotEntry) -> None:
+    def __init__(self, image: Layer, options: Options, entry: SnapshotEntry, origin: Origin) -> None:
         assert image.header is not None
+        self._entry = entry
         covers = image.header.l1_covers_bits
         start = -(-entry.disk_size >> covers) << covers
         if entry.vm_state_size >= 1 << 62:
@@ -166,7 +178,23 @@ class VmState(DiskFile):
             )
         size = start + entry.vm_state_size
         table = {"l1_off": entry.l1_off, "l1_entries": entry.l1_entries}
-        super().__init__(open_view(image, options, size=size, with_backing=False, **table).reader, start)
+        super().__init__(open_view(image, options, size=size, with_backing=False, **table).reader, origin, start)
+
+    def _reopening(self) -> tuple[Any, ...]:
+        return _open_vm_state, (self._origin.checked(), self._entry)
+
+
+def _open_snapshot(origin: Origin, entry: SnapshotEntry) -> Snapshot:
+    """Unpickle a snapshot. It is the same one only if all that the table says of it is the same."""
+    with origin.open() as image:
+        if entry not in image.snapshots:
+            raise KeyError(f"{image.name}: the snapshot {entry.name!r} (id {entry.id!r}) is not there any more")
+        return Snapshot(image._chain, image._options, entry, origin)
+
+
+def _open_vm_state(origin: Origin, entry: SnapshotEntry) -> VmState:
+    with _open_snapshot(origin, entry) as snapshot:
+        return snapshot.vm_state
 
 
 def open(  # noqa: A001 - called as fastqcow.open
@@ -191,7 +219,8 @@ def open(  # noqa: A001 - called as fastqcow.open
         data_file: the same for an external data file, without which there is nothing to read. A given file counts for the image
             itself, the other rules for its backing files too.
         password: of an encrypted image, and of its encrypted backing files: text, which stands for UTF-8, or bytes of a key file.
-            A function: it is called with the path of each encrypted file, and returns its password.
+            A function: it is called with the path of each encrypted file, and returns its password. An image with a password
+            pickles only if that was a function: no pickle holds a password.
         threads: at most so many threads work on one read, the calling one included, and ahead of it where small reads follow each
             other; by default one for each CPU that the process may use, by its affinity and the quota of its control group.
         cache_size: bound on inflated clusters kept, in bytes; 32 MiB by default. A quarter of it is for those that are read ahead.
@@ -211,7 +240,17 @@ def open(  # noqa: A001 - called as fastqcow.open
     """
     options = make_options(backing, data_file, password, threads, cache_size, engine)
     chain = open_chain(source, options)
-    return Image(chain, options._replace(password=None))  # the keys are made, and nobody needs it any more
+    given = {
+        "backing": lasting(backing),
+        "data_file": lasting(data_file),
+        "password": password if callable(password) else None,
+        "threads": threads,
+        "cache_size": cache_size,
+        "engine": engine,
+    }
+    secret = is_encrypted(chain) and not callable(password)
+    # The keys are made, and nobody needs the password any more.
+    return Image(chain, options._replace(password=None), Origin(open, lasting(source), given, secret))
 
 
 def open_raw(source: Path | BinaryFile, *, whole_sectors: bool = False, threads: int | None = None) -> DiskFile:
@@ -227,4 +266,5 @@ def open_raw(source: Path | BinaryFile, *, whole_sectors: bool = False, threads:
     """
     opened = open_source(source)
     size = opened.size + 511 & ~511 if whole_sectors else opened.size
-    return DiskFile(_reader.Reader.raw(opened, size, **make_options(threads=threads).sizes(largest_cluster=0)))
+    reader = _reader.Reader.raw(opened, size, **make_options(threads=threads).sizes(largest_cluster=0))
+    return DiskFile(reader, Origin(open_raw, lasting(source), {"whole_sectors": whole_sectors, "threads": threads}))

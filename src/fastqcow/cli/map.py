@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable
 
-from fastqcow.chain import Layer, make_options, open_chain
+from fastqcow._reader import Reader
 from fastqcow.cli.common import Commands, add_image, add_opening, add_output, opening, size_argument
 from fastqcow.errors import printable
-from fastqcow.image import Extent, Image
+from fastqcow.image import Extent
+from fastqcow.image import open as open_image
 
 __all__ = ["add", "run"]
 
@@ -29,21 +30,19 @@ def add(commands: Commands) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    options = make_options(**opening(arguments))
-    chain = open_chain(arguments.image, options)
-    with Image(chain, options) as image:
+    with open_image(arguments.image, **opening(arguments)) as image:
         extents = image.map(arguments.start_offset, arguments.max_length)
         if arguments.output == "json":
             print_json(extents)
         else:
-            print_human(extents, [layer.reader.data.path for layer in layers(chain)])
+            print_human(extents, [reader.data.path for reader in readers(image._open_reader())])
     return 0
 
 
-def layers(chain: Layer | None) -> Iterable[Layer]:
-    while chain is not None:
-        yield chain
-        chain = chain.backing
+def readers(top: Reader | None) -> Iterable[Reader]:
+    while top is not None:
+        yield top
+        top = top.backing
 
 
 def print_json(extents: Iterable[Extent]) -> None:
