@@ -185,8 +185,9 @@ void fq_ahead_open(fq_reader *r, size_t cache_nbytes)
     r->ahead.unit = largest > UNIT_NBYTES_MIN ? largest : UNIT_NBYTES_MIN;
     r->ahead.share = cache_nbytes / 8;
     wanted = r->threads * (THREAD_NBYTES > 4 * r->ahead.unit ? THREAD_NBYTES : 4 * r->ahead.unit);
-    /* File objects are read in their order, and by those who can be told of their exceptions. */
-    if (r->threads > 1 && !r->ordered && !r->raw && largest >= CLUSTER_NBYTES_MIN && r->ahead.share >= r->ahead.unit)
+    /* File objects are read in their order, and by those who can be told of their exceptions; remote files read ahead themselves.
+     */
+    if (r->threads > 1 && !r->ordered && !r->remote && !r->raw && largest >= CLUSTER_NBYTES_MIN && r->ahead.share >= r->ahead.unit)
         r->ahead.window_max = wanted < r->ahead.share ? wanted : r->ahead.share;
 }
 

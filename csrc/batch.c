@@ -8,20 +8,25 @@
  * clusters do if the request is a small one: who reads such pieces comes back to many of them. In a large one they are looked for
  * in the cache but not put there: it would cost a copy, and push out what is asked for again.
  *
+ * Where a file is remote, all that the batch needs of it is first fetched by one call, and then read from there.
+ *
  * A compressed cluster that runs past the end of the file is inflated from the bytes that are there. QEMU adds zeroes to them, and
  * so takes a stream that was cut for one that happens to go on with zeroes; here it is an error.
  *
  * What a file can make us allocate here: scratch buffers of some twice the batch, as a descriptor can claim two cluster sizes of
- * input.
+ * input; of remote files twice that, and the gaps between a batch's ranges.
  */
 #include "internal.h"
 #include "layout.h"
 
 #include <string.h>
 
+#define NOT_YET SIZE_MAX
+
 enum {
     MERGE_GAP = 4 << 10, /* reading over a gap of so much is cheaper than a second read */
     MERGE_NBYTES = 1 << 20,
+    REMOTE_GAP = 64 << 10,   /* as MERGE_GAP, of remote files; not less, or a group of clusters could lie in two ranges */
     BOUNCE_BELOW = 32 << 10, /* plain data for smaller buffers is read together, then scattered */
     BOUNCE_NBYTES = 256 << 10,
 };
@@ -92,19 +97,123 @@ static void scatter(const fq_dest *dest, uint64_t guest_off, const uint8_t *from
     }
 }
 
+/* ---- remote files */
+
+/* As fq_source_read; from what was fetched before, if it is all there. */
+static fq_status read_source(const fq_batch *b, const fq_scratch *scratch, fq_source *source, const fq_request *request,
+                             uint8_t *to, size_t nbytes, uint64_t host_off, size_t *got, fq_error *error)
+{
+    for (size_t i = 0; b && i < b->fetched_count; i++) {
+        const fq_fetched *f = &b->fetched[i];
+        const uint64_t rel = host_off - f->host_off;
+
+        if (f->source != source || host_off < f->host_off || rel > f->nbytes || nbytes > f->nbytes - rel)
+            continue;
+        *got = rel >= f->got ? 0 : f->got - rel < nbytes ? f->got - (size_t)rel : nbytes;
+        memcpy(to, scratch->remote + f->at + rel, *got);
+        return FQ_OK;
+    }
+    return fq_source_read(source, request, to, nbytes, host_off, got, error);
+}
+
+/* What the batch needs of remote files. Each way of reading has ranges of its own, as each puts runs together in its own order. */
+typedef enum remote_need { WHOLE_CLUSTERS, PARTS_OF_CLUSTERS, PLAIN_DATA, REMOTE_NEEDS } remote_need;
+
+/* The range of the file that a run needs; false if it needs none, or is of another kind. */
+static bool needs_range(const fq_batch *b, size_t i, remote_need need, fq_fetched *range)
+{
+    const fq_run *run = &b->runs[i];
+    fq_reader *layer = run->layer;
+
+    if (run->kind == FQ_DATA && need == PLAIN_DATA) {
+        const uint64_t sector = layer->crypt.run ? FQ_SECTOR_NBYTES : 1, before = run->host_off % sector;
+        const uint64_t nbytes = (before + run->nbytes + sector - 1) / sector * sector;
+
+        *range = (fq_fetched){layer->data, run->host_off - before, (size_t)nbytes, 0, NOT_YET};
+    } else if (run->kind == FQ_COMPRESSED && need == (is_whole(run) ? WHOLE_CLUSTERS : PARTS_OF_CLUSTERS)) {
+        if (is_whole(run) ? !is_to_be_fetched(b, i) : fq_cache_look(layer->clusters, layer->owner, run->entry) != FQ_ABSENT)
+            return false;
+        *range = (fq_fetched){layer->source, run->host_off, run->in_nbytes, 0, NOT_YET};
+    } else {
+        return false;
+    }
+    return fq_source_is_remote(range->source);
+}
+
+static void list_ranges(fq_batch *b)
+{
+    for (remote_need need = 0; need < REMOTE_NEEDS; need++) {
+        fq_fetched *last = NULL, range;
+
+        for (size_t i = 0; i < b->count; i++) {
+            if (!needs_range(b, i, need, &range))
+                continue;
+            if (last && last->source == range.source && range.host_off >= last->host_off &&
+                range.host_off - last->host_off <= last->nbytes + REMOTE_GAP) {
+                const size_t end = (size_t)(range.host_off - last->host_off) + range.nbytes;
+
+                if (end > last->nbytes)
+                    last->nbytes = end;
+                continue;
+            }
+            last = &b->fetched[b->fetched_count++];
+            *last = range;
+        }
+    }
+}
+
+/* One call for each of the files: there is mostly one. */
+static fq_status fetch_remote(fq_job *job, fq_batch *b, fq_scratch *scratch, fq_error *error)
+{
+    fq_range ranges[FQ_BATCH_RUNS_REMOTE];
+    size_t total = 0;
+
+    list_ranges(b);
+    for (size_t i = 0; i < b->fetched_count; i++) {
+        b->fetched[i].at = total;
+        total += b->fetched[i].nbytes;
+    }
+    if (!fq_scratch_grow(&scratch->remote, &scratch->remote_capacity, total))
+        return fail_in_run(error, FQ_ERR_NOMEM, &b->runs[0], FQ_NOWHERE, FQ_NOWHERE);
+    for (size_t i = 0; i < b->fetched_count; i++) {
+        fq_source *source = b->fetched[i].source;
+        size_t count = 0;
+        fq_status status;
+
+        if (b->fetched[i].got != NOT_YET)
+            continue;
+        for (size_t k = i; k < b->fetched_count; k++) {
+            const fq_fetched *f = &b->fetched[k];
+
+            if (f->source == source)
+                ranges[count++] = (fq_range){f->host_off, f->nbytes, scratch->remote + f->at, 0};
+        }
+        status = fq_source_read_ranges(source, job->request, ranges, count, error);
+        if (status != FQ_OK) {
+            error->guest_off = b->guest_off;
+            return status;
+        }
+        count = 0;
+        for (size_t k = i; k < b->fetched_count; k++)
+            if (b->fetched[k].source == source)
+                b->fetched[k].got = ranges[count++].got;
+    }
+    return FQ_OK;
+}
+
 /* ---- plain data */
 
 /*
  * A data cluster that the end of the file cuts is followed by zeroes, as for QEMU, and so is the last sector of a raw file. One
  * that starts beyond the end is an error here, where QEMU gives zeroes: the file was cut, and the bytes are lost.
  */
-static fq_status read_data(fq_job *job, const fq_run *run, fq_scratch *scratch, uint64_t guest_off, uint8_t *to, size_t nbytes,
-                           fq_error *error)
+static fq_status read_data(fq_job *job, const fq_batch *b, const fq_run *run, fq_scratch *scratch, uint64_t guest_off, uint8_t *to,
+                           size_t nbytes, fq_error *error)
 {
     fq_reader *layer = run->layer;
     const uint64_t host_off = run->host_off + (guest_off - run->guest_off);
     size_t got;
-    fq_status status = fq_source_read(layer->data, job->request, to, nbytes, host_off, &got, error);
+    fq_status status = read_source(b, scratch, layer->data, job->request, to, nbytes, host_off, &got, error);
 
     if (status != FQ_OK) {
         error->guest_off = guest_off + got;
@@ -139,7 +248,8 @@ static fq_status read_data(fq_job *job, const fq_run *run, fq_scratch *scratch, 
 }
 
 /* What is encrypted is read in whole sectors: guest and host offsets have the same place in theirs. */
-static fq_status fetch_data(fq_job *job, const fq_run *run, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+static fq_status fetch_data(fq_job *job, const fq_batch *b, const fq_run *run, fq_scratch *scratch, const fq_dest *dest,
+                            fq_error *error)
 {
     const size_t sector = run->layer->crypt.run ? FQ_SECTOR_NBYTES : 1;
     const uint64_t end = run->guest_off + run->nbytes;
@@ -153,7 +263,7 @@ static fq_status fetch_data(fq_job *job, const fq_run *run, fq_scratch *scratch,
             n = end - at;
         if ((n == end - at || n >= BOUNCE_BELOW) && before == 0 && n >= sector) {
             n -= n % sector;
-            status = read_data(job, run, scratch, at, to, (size_t)n, error);
+            status = read_data(job, b, run, scratch, at, to, (size_t)n, error);
         } else {
             size_t span;
 
@@ -161,7 +271,7 @@ static fq_status fetch_data(fq_job *job, const fq_run *run, fq_scratch *scratch,
             span = (before + (size_t)n + sector - 1) / sector * sector;
             if (!fq_scratch_grow(&scratch->out, &scratch->out_capacity, BOUNCE_NBYTES))
                 return fail_in_run(error, FQ_ERR_NOMEM, run, FQ_NOWHERE, FQ_NOWHERE);
-            status = read_data(job, run, scratch, at - before, scratch->out, span, error);
+            status = read_data(job, b, run, scratch, at - before, scratch->out, span, error);
             if (status == FQ_OK)
                 scatter(dest, at, scratch->out + before, n);
             else if (error->guest_off < at)
@@ -193,7 +303,8 @@ static fq_status fetch_group(fq_job *job, fq_batch *b, fq_scratch *scratch, size
 {
     const fq_run *first = &b->runs[from];
     size_t got;
-    fq_status status = fq_source_read(first->layer->source, job->request, scratch->in + at, nbytes, first->host_off, &got, error);
+    fq_status status =
+        read_source(b, scratch, first->layer->source, job->request, scratch->in + at, nbytes, first->host_off, &got, error);
 
     if (status != FQ_OK) {
         error->guest_off = first->guest_off;
@@ -215,11 +326,9 @@ static fq_status fetch_group(fq_job *job, fq_batch *b, fq_scratch *scratch, size
     return FQ_OK;
 }
 
-/* Fetch the clusters that are wanted whole and not cached: groups of neighbours with one read each. */
-static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch, fq_error *error)
+/* Which clusters that are wanted whole are cached, or are being inflated by others. */
+static void look_up_clusters(fq_batch *b)
 {
-    size_t capacity = 0, used = 0;
-
     for (size_t i = 0; i < b->count; i++) {
         const fq_run *run = &b->runs[i];
 
@@ -228,9 +337,17 @@ static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch,
         b->hit[i] = fq_cache_peek(run->layer->clusters, run->layer->owner, run->entry);
         if (!b->hit[i])
             b->late[i] = fq_cache_look(run->layer->clusters, run->layer->owner, run->entry) != FQ_ABSENT;
-        if (is_to_be_fetched(b, i))
-            capacity += run->in_nbytes + MERGE_GAP;
     }
+}
+
+/* Fetch the clusters that are wanted whole and not cached: groups of neighbours with one read each. */
+static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch, fq_error *error)
+{
+    size_t capacity = 0, used = 0;
+
+    for (size_t i = 0; i < b->count; i++)
+        if (is_to_be_fetched(b, i))
+            capacity += b->runs[i].in_nbytes + MERGE_GAP;
     if (!fq_scratch_grow(&scratch->in, &scratch->in_capacity, capacity))
         return fail_in_run(error, FQ_ERR_NOMEM, &b->runs[0], FQ_NOWHERE, FQ_NOWHERE);
 
@@ -267,6 +384,7 @@ static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch,
 }
 
 typedef struct cluster_fill {
+    const fq_batch *b; /* NULL: none */
     const fq_request *request;
     const fq_run *run;
     fq_scratch *scratch;
@@ -282,7 +400,8 @@ static fq_status fill_cluster(void *arg, uint8_t *data)
 
     if (!fq_scratch_grow(&f->scratch->in, &f->scratch->in_capacity, run->in_nbytes))
         return fail_in_run(f->error, FQ_ERR_NOMEM, run, FQ_NOWHERE, FQ_NOWHERE);
-    status = fq_source_read(run->layer->source, f->request, f->scratch->in, run->in_nbytes, run->host_off, &got, f->error);
+    status = read_source(f->b, f->scratch, run->layer->source, f->request, f->scratch->in, run->in_nbytes, run->host_off, &got,
+                         f->error);
     if (status != FQ_OK) {
         f->error->guest_off = run->guest_off;
         f->error->depth = run->depth;
@@ -294,14 +413,15 @@ static fq_status fill_cluster(void *arg, uint8_t *data)
     return inflate_run(run, f->scratch, f->scratch->in, got, data, f->error);
 }
 
-static fq_status read_part_of_cluster(fq_job *job, const fq_run *run, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+static fq_status read_part_of_cluster(fq_job *job, const fq_batch *b, const fq_run *run, fq_scratch *scratch, const fq_dest *dest,
+                                      fq_error *error)
 {
     fq_reader *layer = run->layer;
     fq_block *block = fq_cache_peek(layer->clusters, layer->owner, run->entry);
     bool filled = false;
 
     if (!block) {
-        cluster_fill fill = {job->request, run, scratch, error};
+        cluster_fill fill = {b, job->request, run, scratch, error};
         fq_status status;
 
         if (fq_cache_look(layer->clusters, layer->owner, run->entry) == FQ_COMING)
@@ -380,18 +500,24 @@ static fq_status read_whole_cluster(fq_job *job, fq_batch *b, size_t i, fq_scrat
  */
 fq_status fq_batch_fetch(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {
-    fq_status status = fetch_compressed(job, b, scratch, error);
+    fq_status status = FQ_OK;
 
+    b->fetched_count = 0;
+    look_up_clusters(b);
+    if (job->reader->remote)
+        status = fetch_remote(job, b, scratch, error);
+    if (status == FQ_OK)
+        status = fetch_compressed(job, b, scratch, error);
     for (size_t i = 0; i < b->count && status == FQ_OK; i++)
         if (b->runs[i].kind == FQ_DATA)
-            status = fetch_data(job, &b->runs[i], scratch, dest, error);
+            status = fetch_data(job, b, &b->runs[i], scratch, dest, error);
     if (status == FQ_OK || status == FQ_ERR_SOURCE || status == FQ_ERR_CANCELLED)
         return status;
     for (size_t i = 0; i < b->count; i++) {
         fq_error each;
 
         if (b->late[i] && b->runs[i].guest_off < error->guest_off &&
-            read_part_of_cluster(job, &b->runs[i], scratch, dest, &each) != FQ_OK && each.guest_off < error->guest_off)
+            read_part_of_cluster(job, b, &b->runs[i], scratch, dest, &each) != FQ_OK && each.guest_off < error->guest_off)
             *error = each;
     }
     return error->status;
@@ -402,7 +528,7 @@ void fq_batch_warm(const fq_run *run, fq_scratch *scratch)
 {
     fq_reader *layer = run->layer;
     fq_error error;
-    cluster_fill fill = {NULL, run, scratch, &error};
+    cluster_fill fill = {NULL, NULL, run, scratch, &error};
     fq_block *block;
     bool filled;
 
@@ -432,7 +558,7 @@ fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const 
             if (run->kind != FQ_COMPRESSED)
                 scatter(dest, run->guest_off, NULL, run->nbytes);
             else if (parts)
-                status = read_part_of_cluster(job, run, scratch, dest, &each);
+                status = read_part_of_cluster(job, b, run, scratch, dest, &each);
             else
                 status = read_whole_cluster(job, b, i, scratch, dest, &each);
             if (status != FQ_OK && (error->status == FQ_OK || each.guest_off < error->guest_off))

@@ -169,9 +169,25 @@ typedef struct fq_source fq_source;
  */
 typedef ptrdiff_t (*fq_read_fn)(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off);
 
+/* One of several ranges that are read at once. */
+typedef struct fq_range {
+    uint64_t host_off;
+    size_t nbytes;
+    uint8_t *buf;
+    size_t got; /* set by the callee: less than nbytes only where the file ends */
+} fq_range;
+
+/*
+ * Reads all of the ranges, in any order or at the same time, and returns 0; or -1 for a failure, as an fq_read_fn does. What each
+ * call costs in time is mostly waiting, so a whole batch of a job is asked for by one. May be called from any thread, by several
+ * at once.
+ */
+typedef int (*fq_ranges_fn)(void *opaque, void *user, fq_range *ranges, size_t count);
+
 /* The descriptor stays the caller's. seek_holes allows lseek(SEEK_DATA), which moves the descriptor's own position. */
 fq_source *fq_source_fd(int fd, bool seek_holes);
 fq_source *fq_source_callback(fq_read_fn read, void *opaque, uint64_t nbytes);
+fq_source *fq_source_remote(fq_ranges_fn read, void *opaque, uint64_t nbytes);
 void fq_source_free(fq_source *source);
 
 typedef struct fq_request fq_request;

@@ -16,6 +16,10 @@
 
 /* Whether reads should come in the order of the file: callbacks may stand for streams that cannot seek cheaply. */
 bool fq_source_ordered(const fq_source *source);
+/* Whether several ranges are read by one call, which takes its time. */
+bool fq_source_is_remote(const fq_source *source);
+/* Read ranges of a remote source. An error carries the first host offset, and no guest offset. */
+fq_status fq_source_read_ranges(fq_source *source, const fq_request *request, fq_range *ranges, size_t count, fq_error *error);
 /* The run of holes or of data that starts at host_off, at most nbytes long: its length; *hole says which. */
 uint64_t fq_source_run(const fq_source *source, uint64_t host_off, uint64_t nbytes, bool *hole);
 /* Let the kernel copy a range to a descriptor, by sharing its blocks if it can. Whether it did; a part may be written if not. */
@@ -40,7 +44,8 @@ typedef struct fq_scratch {
     uint8_t *out;    /* inflated or plain bytes on their way to several buffers */
     uint8_t *gather; /* a batch on its way to a descriptor */
     uint8_t *crypt;  /* working memory of decryption */
-    size_t in_capacity, out_capacity, gather_capacity, crypt_capacity;
+    uint8_t *remote; /* a batch's bytes of remote files */
+    size_t in_capacity, out_capacity, gather_capacity, crypt_capacity, remote_capacity;
 } fq_scratch;
 
 fq_scratch *fq_scratch_get(void); /* NULL without memory */
@@ -144,6 +149,7 @@ struct fq_reader {
     fq_crypt crypt;
     uint64_t keep_nbytes; /* smaller reads keep whole clusters */
     bool ordered;         /* some source of the chain wants its reads in order */
+    bool remote;          /* some source of the chain is remote */
     atomic_uint_fast64_t clusters_inflated, cache_hits, bytes_fetched, bytes_returned;
     char apart[64]; /* what small reads write to is in no cache line that they only read */
     fq_ahead ahead;
@@ -175,17 +181,26 @@ static inline bool fq_run_reads_zero(const fq_run *run)
 
 /* ---- batch.c: a batch is a stretch of a job, which one thread plans, fetches, inflates and delivers */
 
-enum { FQ_BATCH_RUNS = 64 };
+enum { FQ_BATCH_RUNS = 64, FQ_BATCH_RUNS_REMOTE = 256 };
+
+/* A range that was fetched before all else is done, and whose bytes lie in scratch->remote. */
+typedef struct fq_fetched {
+    fq_source *source;
+    uint64_t host_off;
+    size_t nbytes, at, got;
+} fq_fetched;
 
 typedef struct fq_batch {
     uint64_t guest_off, nbytes;
     bool by_caller; /* the calling thread does it, and has to poll */
     size_t count;
-    fq_run runs[FQ_BATCH_RUNS];
-    fq_block *hit[FQ_BATCH_RUNS]; /* the cached cluster of a whole compressed run, if there is one */
-    bool late[FQ_BATCH_RUNS];     /* it is being inflated by somebody else: to be waited for, but last */
-    size_t in_at[FQ_BATCH_RUNS];  /* else where its bytes lie in scratch->in, ... */
-    size_t in_got[FQ_BATCH_RUNS]; /* ... and how many of them the file had */
+    fq_run runs[FQ_BATCH_RUNS_REMOTE];
+    fq_block *hit[FQ_BATCH_RUNS_REMOTE]; /* the cached cluster of a whole compressed run, if there is one */
+    bool late[FQ_BATCH_RUNS_REMOTE];     /* it is being inflated by somebody else: to be waited for, but last */
+    size_t in_at[FQ_BATCH_RUNS_REMOTE];  /* else where its bytes lie in scratch->in, ... */
+    size_t in_got[FQ_BATCH_RUNS_REMOTE]; /* ... and how many of them the file had */
+    size_t fetched_count;
+    fq_fetched fetched[FQ_BATCH_RUNS_REMOTE];
 } fq_batch;
 
 /* Buffers that take the guest bytes from guest_off on. */
@@ -221,7 +236,7 @@ struct fq_job {
 
     pthread_mutex_t lock;
     pthread_cond_t turn;
-    bool fetching;         /* an ordered source is being read; the next one waits for its turn */
+    bool fetching;         /* some thread has its turn, to plan and perhaps to fetch; the next one waits */
     uint64_t cursor;       /* the first byte that nobody has claimed */
     bool keep;             /* put whole clusters into the cache */
     bool compressed;       /* some run was */

@@ -6,7 +6,8 @@
  * inflates and delivers itself (batch.c); nothing is handed from thread to thread.
  *
  * Of sources that may be streams (callbacks), one thread plans and fetches at a time, in its turn, so that the reads come in file
- * order; inflating still runs on all threads.
+ * order; inflating still runs on all threads. Of remote files, where planning may have to wait for a table, threads plan in turn,
+ * so that the calling one can be interrupted; each then fetches its batch, a larger one, by one call for many ranges.
  *
  * What a file can make us allocate here: the L1 table, bounded by the caller to 32 MiB, and the caches' budgets.
  */
@@ -20,6 +21,7 @@
 enum {
     BATCH_NBYTES_MIN = 64 << 10,
     BATCH_NBYTES_MAX = 1 << 20,
+    BATCH_NBYTES_REMOTE = 4 << 20,  /* some milliseconds of inflating, which is what a remote file takes to answer at best */
     PARALLEL_DATA_NBYTES = 1 << 20, /* plain data worth a second thread */
     ZEROES_NBYTES_MAX = 64 << 20,   /* to be written at a time */
 };
@@ -41,6 +43,7 @@ static fq_reader *new_reader(fq_source *source, fq_source *data, fq_reader *back
     r->crypt = o->crypt;
     r->raw = raw;
     r->ordered = fq_source_ordered(source) || fq_source_ordered(r->data) || (backing && backing->ordered);
+    r->remote = fq_source_is_remote(source) || fq_source_is_remote(r->data) || (backing && backing->remote);
     r->keep_nbytes = o->cluster_cache_nbytes / 8 < BATCH_NBYTES_MAX ? o->cluster_cache_nbytes / 8 : BATCH_NBYTES_MAX;
     fq_ahead_open(r, o->cluster_cache_nbytes);
     r->tables = shared ? fq_cache_ref(shared->tables) : fq_cache_new(o->table_cache_nbytes, FQ_TABLE_SLICE_NBYTES);
@@ -157,6 +160,8 @@ static uint64_t batch_nbytes_of(const fq_job *job)
 {
     const uint64_t fair = (job->end - job->cursor) / job->threads / 2;
 
+    if (job->reader->remote)
+        return BATCH_NBYTES_REMOTE;
     return job->threads == 1 || fair > BATCH_NBYTES_MAX ? BATCH_NBYTES_MAX : fair < BATCH_NBYTES_MIN ? BATCH_NBYTES_MIN : fair;
 }
 
@@ -169,9 +174,10 @@ static uint64_t batch_nbytes_of(const fq_job *job)
 static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
 {
     const uint64_t batch_nbytes = batch_nbytes_of(job);
+    const size_t runs_max = job->reader->remote ? FQ_BATCH_RUNS_REMOTE : FQ_BATCH_RUNS;
 
     b->guest_off = job->cursor;
-    while (b->count < FQ_BATCH_RUNS && b->nbytes < batch_nbytes && job->cursor < job->end) {
+    while (b->count < runs_max && b->nbytes < batch_nbytes && job->cursor < job->end) {
         fq_run *run = &b->runs[b->count];
         const uint64_t room = batch_nbytes - b->nbytes;
         fq_error at;
@@ -215,6 +221,8 @@ static void fail_job(fq_job *job, const fq_error *error)
     if (job->error.status == FQ_OK || error->guest_off < job->error.guest_off)
         job->error = *error;
     pthread_mutex_unlock(&job->lock);
+    if (error->status == FQ_ERR_SOURCE) /* what the others still want of it is not asked for */
+        atomic_store(&job->cancelled, true);
     atomic_store(&job->stop, true);
 }
 
@@ -283,12 +291,12 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     fq_iovec buffer = {0};
     fq_dest own = {&buffer, 1, 0};
     const fq_dest *dest = job->dest ? job->dest : &own;
-    const bool ordered = job->reader->ordered;
+    const bool ordered = job->reader->ordered, in_turn = ordered || job->reader->remote;
     bool copied = false, fetched; /* not so: zeroes, which write() makes itself */
     fq_error error;
     fq_status status = FQ_OK;
 
-    if (ordered)
+    if (in_turn)
         take_turn(job, b->by_caller);
     else
         pthread_mutex_lock(&job->lock);
@@ -298,8 +306,10 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
         status = plan(job, b, &error);
     if (b->count == 0)
         job->cursor = job->end; /* after an error: nobody else needs to meet it */
-    if (!ordered)
+    if (!in_turn)
         pthread_mutex_unlock(&job->lock);
+    else if (!ordered)
+        give_turn(job, status);
 
     if (b->count > 0 && job->write && way_of(job, &b->runs[0]) == WAY_COPY)
         copied = job->copy(job, b);

@@ -72,6 +72,7 @@ void fq_scratch_put(fq_scratch *s)
     scratch_trim(&s->in, &s->in_capacity);
     scratch_trim(&s->out, &s->out_capacity);
     scratch_trim(&s->gather, &s->gather_capacity);
+    scratch_trim(&s->remote, &s->remote_capacity);
     pthread_mutex_lock(&lock);
     if (kept_count < KEPT_SCRATCHES) {
         s->next = kept;
@@ -86,6 +87,7 @@ void fq_scratch_put(fq_scratch *s)
         free(s->out);
         free(s->gather);
         free(s->crypt);
+        free(s->remote);
         free(s);
     }
 }

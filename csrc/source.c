@@ -1,5 +1,5 @@
 /*
- * source.c - where bytes come from: a descriptor, or a callback
+ * source.c - where bytes come from: a descriptor, or a callback; one of a remote file takes several ranges at once
  *
  * Always pread, never mmap: a file that is cut while it is being read must end in an error, and a mapping would end in SIGBUS. All
  * reads are by position, so one descriptor serves every thread.
@@ -15,6 +15,7 @@ struct fq_source {
     int fd; /* -1: a callback */
     bool seek_holes;
     fq_read_fn read;
+    fq_ranges_fn read_ranges; /* of a remote file, in place of `read` */
     void *opaque;
     bool is_file;
     uint64_t nbytes; /* of a device, or of what a callback stands for; a file may change its length */
@@ -54,6 +55,15 @@ fq_source *fq_source_callback(fq_read_fn read, void *opaque, uint64_t nbytes)
     return s;
 }
 
+fq_source *fq_source_remote(fq_ranges_fn read, void *opaque, uint64_t nbytes)
+{
+    fq_source *s = fq_source_callback(NULL, opaque, nbytes);
+
+    if (s)
+        s->read_ranges = read;
+    return s;
+}
+
 void fq_source_free(fq_source *s)
 {
     free(s);
@@ -61,7 +71,12 @@ void fq_source_free(fq_source *s)
 
 bool fq_source_ordered(const fq_source *s)
 {
-    return s->fd < 0;
+    return s->read != NULL;
+}
+
+bool fq_source_is_remote(const fq_source *s)
+{
+    return s->read_ranges != NULL;
 }
 
 uint64_t fq_source_size(const fq_source *s)
@@ -69,6 +84,25 @@ uint64_t fq_source_size(const fq_source *s)
     struct stat st;
 
     return s->is_file && fstat(s->fd, &st) == 0 ? (uint64_t)st.st_size : s->nbytes;
+}
+
+fq_status fq_source_read_ranges(fq_source *s, const fq_request *request, fq_range *ranges, size_t count, fq_error *error)
+{
+    bool failed = s->read_ranges(s->opaque, request ? request->user : NULL, ranges, count) != 0;
+
+    for (size_t i = 0; i < count && !failed; i++)
+        failed = ranges[i].got > ranges[i].nbytes;
+    return failed ? fq_fail(error, FQ_ERR_SOURCE, FQ_NOWHERE, ranges[0].host_off, FQ_NOWHERE) : FQ_OK;
+}
+
+static ptrdiff_t call_back(fq_source *s, const fq_request *request, uint8_t *buf, size_t nbytes, uint64_t host_off)
+{
+    void *user = request ? request->user : NULL;
+    fq_range range = {host_off, nbytes, buf, 0};
+
+    if (s->read)
+        return s->read(s->opaque, user, buf, nbytes, host_off);
+    return s->read_ranges(s->opaque, user, &range, 1) == 0 ? (ptrdiff_t)range.got : -1;
 }
 
 fq_status fq_source_read(fq_source *s, const fq_request *request, uint8_t *buf, size_t nbytes, uint64_t host_off, size_t *got,
@@ -83,7 +117,7 @@ fq_status fq_source_read(fq_source *s, const fq_request *request, uint8_t *buf, 
         if (at > INT64_MAX - want) /* no file reaches that far */
             return FQ_OK;
         if (s->fd < 0) {
-            n = s->read(s->opaque, request ? request->user : NULL, buf + *got, want, at);
+            n = call_back(s, request, buf + *got, want, at);
             if (n < 0 || (size_t)n > want)
                 return fq_fail(error, FQ_ERR_SOURCE, FQ_NOWHERE, at, FQ_NOWHERE);
         } else {

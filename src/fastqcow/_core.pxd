@@ -102,8 +102,17 @@ cdef extern from "fastqcow.h" nogil:
 
     ctypedef struct fq_source
     ctypedef ptrdiff_t (*fq_read_fn)(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept
+
+    ctypedef struct fq_range:
+        uint64_t host_off
+        size_t nbytes
+        uint8_t *buf
+        size_t got
+
+    ctypedef int (*fq_ranges_fn)(void *opaque, void *user, fq_range *ranges, size_t count) noexcept
     fq_source *fq_source_fd(int fd, bint seek_holes)
     fq_source *fq_source_callback(fq_read_fn read, void *opaque, uint64_t nbytes)
+    fq_source *fq_source_remote(fq_ranges_fn read, void *opaque, uint64_t nbytes)
     void fq_source_free(fq_source *source)
     fq_status fq_source_read(fq_source *source, const fq_request *request, uint8_t *buf, size_t nbytes, uint64_t host_off, size_t *got,
                              fq_error *error)

@@ -2,7 +2,7 @@
 
 from libc.stddef cimport ptrdiff_t
 
-from fastqcow._core cimport fq_error, fq_request, fq_source, fq_status, uint8_t, uint64_t
+from fastqcow._core cimport fq_error, fq_range, fq_request, fq_source, fq_status, uint8_t, uint64_t
 
 
 cdef class Request:
@@ -20,6 +20,7 @@ cdef class Source:
     cdef readonly bint has_path
 
     cdef ptrdiff_t read_file(self, uint8_t *buf, size_t nbytes, uint64_t host_off) except -1
+    cdef int read_ranges(self, fq_range *ranges, size_t count, Request request) except -1
 
 
 cdef void note(Request request, exception) noexcept

@@ -22,6 +22,7 @@ from fastqcow._core cimport (
     fq_error,
     fq_extent,
     fq_iovec,
+    fq_range,
     fq_reader,
     fq_reader_options,
     fq_request,
@@ -58,6 +59,10 @@ cdef class Request:
         self.c.user = <void *>self
         self.c.poll = poll
 
+    def stopped(self):
+        """Whether what is read for it is not wanted any more."""
+        return self.exception is not None
+
 
 cdef int poll(void *user, uint64_t done_nbytes) noexcept with gil:
     request = <Request>user
@@ -88,6 +93,25 @@ cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, 
         if user != NULL:
             note(<Request>user, e)
         return -1
+
+
+cdef int read_ranges(void *opaque, void *user, fq_range *ranges, size_t count) noexcept with gil:
+    source = <Source>opaque
+    try:
+        return source.read_ranges(ranges, count, None if user == NULL else <Request>user)
+    except BaseException as e:
+        if user != NULL:
+            note(<Request>user, e)
+        return -1
+
+
+cdef bytes bytes_of(object data, size_t nbytes, str called):
+    """What a method of a file object returned, if it is something that it may return."""
+    if not isinstance(data, bytes):
+        raise TypeError(f"{called}() returned {type(data).__name__}, not bytes")
+    if <size_t>len(data) > nbytes:
+        raise ValueError(f"{called}() returned {len(data)} bytes where {nbytes} were asked for")
+    return data
 
 
 cdef int check(fq_status status, const fq_error *error, Request request, list paths, target=None) except -1:
@@ -129,7 +153,9 @@ cdef class Source:
     """A file that bytes come from: a descriptor that this object owns, or an open Python file.
 
     A file object is used under a lock, which all its sources share, one seek and one read at a time, and its position is left
-    wherever that ends.
+    wherever that ends. But one that has a method `read_ranges` stands for a remote file: that is called by several threads at once,
+    with a list of (host_off, nbytes) and a function that says whether the answer is still wanted, and returns a list of bytes, each
+    short only at the end of the file.
 
     Attributes:
         path: what to call it in errors; a path if has_path.
@@ -168,7 +194,10 @@ cdef class Source:
         self.lock = locks.for_file(file)
         with self.lock.lock:
             size = file.seek(0, os.SEEK_END)
-        self.c = _core.fq_source_callback(read_file, <void *>self, size)
+        if hasattr(file, "read_ranges"):
+            self.c = _core.fq_source_remote(read_ranges, <void *>self, size)
+        else:
+            self.c = _core.fq_source_callback(read_file, <void *>self, size)
         if self.c == NULL:
             raise MemoryError
         return self
@@ -178,12 +207,21 @@ cdef class Source:
         with self.lock.lock:
             self.file.seek(host_off)
             data = self.file.read(nbytes)
-        if not isinstance(data, bytes):
-            raise TypeError(f"{type(self.file).__name__}.read() returned {type(data).__name__}, not bytes")
-        if <size_t>len(data) > nbytes:
-            raise ValueError(f"{type(self.file).__name__}.read() returned {len(data)} bytes where {nbytes} were asked for")
-        memcpy(buf, PyBytes_AS_STRING(data), len(data))
-        return len(data)
+        found = bytes_of(data, nbytes, f"{type(self.file).__name__}.read")
+        memcpy(buf, PyBytes_AS_STRING(found), len(found))
+        return len(found)
+
+    cdef int read_ranges(self, fq_range *ranges, size_t count, Request request) except -1:
+        wanted = [(ranges[i].host_off, ranges[i].nbytes) for i in range(count)]
+        called = f"{type(self.file).__name__}.read_ranges"
+        answers = self.file.read_ranges(wanted, request.stopped if request is not None else bool)
+        if <size_t>len(answers) != count:
+            raise ValueError(f"{called}() returned {len(answers)} answers where {count} were asked for")
+        for i in range(count):
+            data = bytes_of(answers[i], ranges[i].nbytes, called)
+            memcpy(ranges[i].buf, PyBytes_AS_STRING(data), len(data))
+            ranges[i].got = len(data)
+        return 0
 
     @property
     def size(self):
@@ -197,7 +235,7 @@ cdef class Source:
         elif self.has_path:
             found = os.stat(self.path)
         else:
-            return id(self.file)
+            return getattr(self.file, "url", None) or id(self.file)
         return found.st_dev, found.st_ino
 
     def pread(self, size_t nbytes, uint64_t host_off):

@@ -112,6 +112,7 @@ typedef struct memory {
     const image *m;
     atomic_int fail; /* the reads from now on fail */
     atomic_int reads;
+    atomic_int most_ranges; /* that one call had */
 } memory;
 
 static inline ptrdiff_t read_memory(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off)
@@ -128,6 +129,24 @@ static inline ptrdiff_t read_memory(void *opaque, void *user, uint8_t *buf, size
         nbytes = at->m->nbytes - host_off;
     memcpy(buf, at->m->file + host_off, nbytes);
     return (ptrdiff_t)nbytes;
+}
+
+static inline int read_memory_ranges(void *opaque, void *user, fq_range *ranges, size_t count)
+{
+    memory *at = opaque;
+    int most = atomic_load(&at->most_ranges);
+
+    while ((int)count > most && !atomic_compare_exchange_weak(&at->most_ranges, &most, (int)count))
+        ;
+    atomic_fetch_sub(&at->reads, (int)count - 1); /* one call is one read */
+    for (size_t i = 0; i < count; i++) {
+        const ptrdiff_t got = read_memory(opaque, user, ranges[i].buf, ranges[i].nbytes, ranges[i].host_off);
+
+        if (got < 0)
+            return -1;
+        ranges[i].got = (size_t)got;
+    }
+    return 0;
 }
 
 static inline fq_reader *open_image(const image *m, fq_source *source, fq_reader *backing, unsigned threads, size_t cache)

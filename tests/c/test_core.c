@@ -63,10 +63,11 @@ static void test_reads(fq_codec codec, unsigned threads, size_t cache)
     image m = make_image(codec);
     memory at = {.m = &m};
     const int fd = temporary_file(m.file, m.nbytes);
-    fq_source *sources[] = {fq_source_callback(read_memory, &at, m.nbytes), fq_source_fd(fd, true)};
+    fq_source *sources[] = {fq_source_callback(read_memory, &at, m.nbytes), fq_source_fd(fd, true),
+                            fq_source_remote(read_memory_ranges, &at, m.nbytes)};
     fq_error error;
 
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < 3; i++) {
         fq_reader *reader = open_image(&m, sources[i], NULL, threads, cache);
         uint8_t *whole = guarded(m.size);
         uint32_t seed = 5;
@@ -92,11 +93,55 @@ static void test_reads(fq_codec codec, unsigned threads, size_t cache)
     free_image(&m);
 }
 
-static void test_failing_source(void)
+/* All that a read needs is asked for by one call, once; also of two files, and where both ends cut a cluster. */
+static void test_remote(void)
+{
+    image m = make_image(FQ_CODEC_DEFLATE), top = {.size = m.size, .nbytes = 2 * CLUSTER, .codec = m.codec};
+    memory at = {.m = &m}, top_at = {.m = &top};
+    fq_source *source = fq_source_remote(read_memory_ranges, &at, m.nbytes), *above;
+    fq_reader *reader = open_image(&m, source, NULL, 1, 8 << 20), *overlay;
+    uint8_t *whole = malloc(m.size);
+    fq_error error;
+    int reads;
+
+    CHECK(read_at(reader, whole, m.size, 0, &error) == FQ_OK);
+    reads = atomic_load(&at.reads);
+    CHECK(memcmp(whole, m.contents, m.size) == 0);
+    CHECK(reads == 3 && atomic_load(&at.most_ranges) > 5); /* the L1 table, the L2 table, the rest */
+    CHECK(read_at(reader, whole, m.size - CLUSTER - 300, 100, &error) == FQ_OK);
+    CHECK(memcmp(whole, m.contents + 100, m.size - CLUSTER - 300) == 0);
+    CHECK(atomic_load(&at.reads) == reads + 1);
+    fq_reader_close(reader);
+
+    /* An image with an empty L2 table over it, but for one data cluster that is this table's own. */
+    top.file = calloc(1, top.nbytes);
+    CHECK(top.file);
+    store_be64(top.file, UINT64_C(1) << 63 | CLUSTER);
+    store_be64(top.file + CLUSTER + 8 * 7, CLUSTER);
+    above = fq_source_remote(read_memory_ranges, &top_at, top.nbytes);
+    reader = open_image(&m, source, NULL, 1, 8 << 20);
+    overlay = open_image(&top, above, reader, 1, 8 << 20);
+    atomic_store(&at.reads, 0);
+    atomic_store(&top_at.reads, 0);
+    CHECK(read_at(overlay, whole, m.size, 0, &error) == FQ_OK);
+    CHECK(memcmp(whole, m.contents, 7 * CLUSTER) == 0 && memcmp(whole + 7 * CLUSTER, top.file + CLUSTER, CLUSTER) == 0);
+    CHECK(memcmp(whole + 8 * CLUSTER, m.contents + 8 * CLUSTER, m.size - 8 * CLUSTER) == 0);
+    CHECK(atomic_load(&at.reads) == 2 && atomic_load(&top_at.reads) == 2); /* of each an L2 table, and the rest */
+    fq_reader_close(overlay);
+    fq_reader_close(reader);
+    fq_source_free(above);
+    fq_source_free(source);
+    free(top.file);
+    free(whole);
+    free_image(&m);
+}
+
+static void test_failing_source(bool remote)
 {
     image m = make_image(FQ_CODEC_DEFLATE);
     memory at = {.m = &m};
-    fq_source *source = fq_source_callback(read_memory, &at, m.nbytes);
+    fq_source *source =
+        remote ? fq_source_remote(read_memory_ranges, &at, m.nbytes) : fq_source_callback(read_memory, &at, m.nbytes);
     fq_reader *reader = open_image(&m, source, NULL, 4, 1 << 20);
     uint8_t *whole = malloc(m.size);
     fq_error error;
@@ -295,7 +340,9 @@ int main(void)
         test_reads((fq_codec)codec, 1, 0);
         test_reads((fq_codec)codec, 4, 4 << 20);
     }
-    test_failing_source();
+    test_remote();
+    test_failing_source(false);
+    test_failing_source(true);
     test_backing_and_map();
     test_open_refuses();
     test_without_memory();
