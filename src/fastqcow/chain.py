@@ -16,7 +16,7 @@ from fastqcow._reader import Crypt, Reader, Source
 from fastqcow.cpus import available_cpus
 from fastqcow.errors import CorruptWarning, FormatError, UnsupportedError, printable
 from fastqcow.header import Header
-from fastqcow.policy import open_backing, open_data_file
+from fastqcow.policy import check_data_file, open_backing, open_data_file
 from fastqcow.source import open_source
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastqcow.crypt import Password
     from fastqcow.policy import Rule
 
-__all__ = ["Layer", "Options", "is_encrypted", "make_options", "open_chain", "open_view", "reopened", "walk"]
+__all__ = ["Layer", "Options", "is_encrypted", "make_options", "open_chain", "open_over", "open_view", "reopened", "walk"]
 
 DEPTH_MAX = 200
 L1_NBYTES_MAX = 256 << 20  # of all layers together; each may have 32 MiB
@@ -113,10 +113,7 @@ def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True
     for opened, head in walk(source, options.backing):
         data = crypt = None
         if head:
-            if head.unsupported:
-                raise UnsupportedError(head.unsupported, path=opened.path)
-            if head.corrupt and warn:
-                warnings.warn(f"{printable(opened.path)}: the image is marked as corrupt", CorruptWarning, stacklevel=3)
+            _check_readable(opened, head, warn=warn)
             data, data_rule = open_data_file(opened, head, data_rule)
             if head.encrypted:
                 from fastqcow.crypt import open_crypt  # what it imports takes longer than opening most images
@@ -124,14 +121,32 @@ def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True
                 crypt = open_crypt(opened, head, options.password)
         files.append((opened, head, data, crypt))
     headers = [head for _, head, _, _ in files if head]
-    if sum(head.l1_entries * 8 for head in headers) > L1_NBYTES_MAX:
-        raise FormatError(f"the L1 tables of the backing chain are larger than {L1_NBYTES_MAX >> 20} MiB", path=files[0][0].path)
+    _check_l1_tables(headers, files[0][0].path)
     largest = max(head.cluster_size for head in headers)
     layer = None
     for opened, head, data, crypt in reversed(files):
         layer = _open_layer(opened, head, data, crypt, layer, options, largest)
     assert layer is not None
     return layer
+
+
+def open_over(source: Source, head: Header, data: Source | None, below: Layer | Source | None, options: Options) -> Layer:
+    """Open an image over what is open already, whatever the image says of its backing file: over a layer, or over raw bytes.
+
+    The image is one that is not encrypted. Over a layer it shares that one's caches.
+
+    Raises:
+        FormatError, UnsupportedError: the image cannot be read, or not so many layers.
+    """
+    _check_readable(source, head, warn=True)
+    check_data_file(source, head)
+    if isinstance(below, Source):
+        below = _open_layer(below, None, None, None, None, options, head.cluster_size)
+    layers = _layers(below) if below else []
+    if len(layers) >= DEPTH_MAX:
+        raise FormatError(f"the backing chain is deeper than {DEPTH_MAX} files", path=source.path)
+    _check_l1_tables([head, *(each.header for each in layers if each.header)], source.path)
+    return _open_layer(source, head, data, None, below, options, head.cluster_size)
 
 
 def walk(source: Path | BinaryFile, rule: Rule) -> Iterator[tuple[Source, Header | None]]:
@@ -171,27 +186,39 @@ def open_view(image: Layer, options: Options, *, size: int, l1_off: int, l1_entr
 
 def is_encrypted(layer: Layer) -> bool:
     """Whether some file of the chain needed a password."""
-    top: Layer | None = layer
-    while top is not None:
-        if top.crypt is not None:
-            return True
-        top = top.backing
-    return False
+    return any(each.crypt is not None for each in _layers(layer))
 
 
 def reopened(layer: Layer, options: Options) -> Layer:
     """The same files and keys, with caches of their own: nothing of what was read is in them."""
-    chain = []
-    top: Layer | None = layer
-    while top is not None:
-        chain.append(top)
-        top = top.backing
+    chain = _layers(layer)
     largest = max(each.header.cluster_size for each in chain if each.header)
     below = None
     for each in reversed(chain):
         below = _open_layer(each.reader.source, each.header, each.data, each.crypt, below, options, largest)
     assert below is not None
     return below
+
+
+def _layers(top: Layer) -> list[Layer]:
+    """A layer and those below it."""
+    found, layer = [top], top.backing
+    while layer is not None:
+        found.append(layer)
+        layer = layer.backing
+    return found
+
+
+def _check_readable(source: Source, head: Header, *, warn: bool) -> None:
+    if head.unsupported:
+        raise UnsupportedError(head.unsupported, path=source.path)
+    if head.corrupt and warn:
+        warnings.warn(f"{printable(source.path)}: the image is marked as corrupt", CorruptWarning, stacklevel=4)
+
+
+def _check_l1_tables(headers: list[Header], path: str) -> None:
+    if sum(head.l1_entries * 8 for head in headers) > L1_NBYTES_MAX:
+        raise FormatError(f"the L1 tables of the backing chain are larger than {L1_NBYTES_MAX >> 20} MiB", path=path)
 
 
 def _read_header(source: Source, fmt: str | None) -> Header | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from fastqcow.errors import FormatError
 from fastqcow.header import L1_NBYTES_MAX, Header, c_string
 
-__all__ = ["SnapshotEntry", "find", "read_table"]
+__all__ = ["SnapshotEntry", "check", "find", "read_entry", "read_table"]
 
 EXTRA_NBYTES_MAX = 1024
 TABLE_NBYTES_MAX = 64 << 20
@@ -60,7 +60,7 @@ def read_table(pread: Callable[[int, int], bytes], header: Header, path: str) ->
     found = []
     at = header.snapshots_off
     for _ in range(header.snapshot_count):
-        entry = _read_entry(pread, at, header, path)
+        entry = read_entry(pread, at, header, path)
         found.append(entry)
         at += entry.nbytes + 7 & ~7
         if at - header.snapshots_off > TABLE_NBYTES_MAX:
@@ -68,7 +68,12 @@ def read_table(pread: Callable[[int, int], bytes], header: Header, path: str) ->
     return tuple(found)
 
 
-def _read_entry(pread: Callable[[int, int], bytes], at: int, header: Header, path: str) -> SnapshotEntry:
+def read_entry(pread: Callable[[int, int], bytes], at: int, header: Header, path: str) -> SnapshotEntry:
+    """The entry of the snapshot table at a host offset.
+
+    Raises:
+        FormatError: the file ends within it, or it has too much extra data.
+    """
     head = pread(_ENTRY.size, at)
     if len(head) < _ENTRY.size:
         raise FormatError("the snapshot table runs past the end of the file", path=path, host_off=at)
