@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from images import mixed, noise, text
+
 
 class Qemu:
     """qemu-img and qemu-io: the oracle."""
@@ -52,6 +54,34 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def demo_image() -> Path:
     return Path(__file__).parent / "data" / "demo.qcow2"
+
+
+@pytest.fixture(scope="session")
+def ext4_files() -> dict[str, bytes]:
+    """What is on the disk of `ext4_image`, by path."""
+    return {
+        "etc/hostname": b"cow\n",
+        "srv/a folder/text": text(300_000),
+        "srv/noise": noise(1 << 20),
+        "srv/mixed": mixed(3_000_000),
+        "srv/nothing": b"",
+    }
+
+
+@pytest.fixture(scope="session")
+def ext4_image(qemu: Qemu, ext4_files: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A compressed image of a disk that is an ext4 file system; the raw disk lies beside it."""
+    make = shutil.which("mkfs.ext4", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
+    if not make:
+        pytest.skip("mkfs.ext4 is not installed")
+    folder = tmp_path_factory.mktemp("ext4")
+    for name, data in ext4_files.items():
+        path = folder / "root" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    subprocess.run([make, "-q", "-d", folder / "root", folder / "disk.raw", "16M"], check=True)
+    qemu.img("convert", "-c", "-f", "raw", "-O", "qcow2", folder / "disk.raw", folder / "disk.qcow2")
+    return folder / "disk.qcow2"
 
 
 @pytest.fixture(scope="session", autouse=True)

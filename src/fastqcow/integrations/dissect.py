@@ -495,8 +495,9 @@ def _replace(by_id: dict[int, type], modules: list[ModuleType]) -> list[tuple[Mo
 def main(arguments: list[str]) -> int:
     """Run one of the commands that packages of dissect install, with this reader in place."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m fastqcow.integrations.dissect COMMAND [ARGUMENT ...]\n")
-        print("Run a command of dissect, such as target-fs, with fastqcow as its qcow2 reader.")
+        usage = "usage: python -m fastqcow.integrations.dissect COMMAND [ARGUMENT ...]"
+        purpose = "Run a command of dissect, such as target-fs, with fastqcow as its qcow2 reader."
+        print(f"{usage}\n\n{purpose}", file=sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 1
     command, *_ = arguments
     found = importlib.metadata.entry_points(group="console_scripts", name=command)
