@@ -86,6 +86,15 @@ class Image(DiskFile):
         entry = find(self._snapshots, name_or_id)
         if entry is None:
             raise KeyError(f"{self.name}: no snapshot has the id or name {name_or_id!r}")
+        return self.snapshot_of(entry)
+
+    def snapshot_of(self, entry: SnapshotEntry) -> Snapshot:
+        """As `snapshot`, by its entry in `snapshots`: ids and names may be those of several.
+
+        Raises:
+            FormatError: its tables are damaged.
+        """
+        self._open_reader()
         assert self._chain is not None
         return Snapshot(self._chain, self._options, entry, self._origin)
 
@@ -210,12 +219,13 @@ def open(  # noqa: A001 - called as fastqcow.open
     """Open a qcow2 image for reading.
 
     Args:
-        source: a path, or an open, seekable binary file, which stays the caller's.
+        source: a path; a URL (`https://`, `s3://` and whatever else fsspec knows; the extra `fsspec`), unless there is a file of
+            that name; or an open, seekable binary file, which stays the caller's.
         backing: what to do about a backing file that the image names. None: open it if it lies in the image's own directory or
-            below. "follow": open it wherever it is. False: do without, unallocated clusters read as zeroes. A path or an open file:
-            that one instead (a path named "follow" is written "./follow"). A function: it is called for each file of the chain with
-            the name in the image, the format (None where the image does not say it) and the path of the image that names it, and
-            returns one of the others, or raises.
+            below. "follow": open it wherever it is. False: do without, unallocated clusters read as zeroes. A path, a URL or an
+            open file: that one instead (a path named "follow" is written "./follow"). A function: it is called for each file of the
+            chain with the name in the image, the format (None where the image does not say it) and the path of the image that
+            names it, and returns one of the others, or raises. What an image at a URL names is opened by no rule but these last.
         data_file: the same for an external data file, without which there is nothing to read. A given file counts for the image
             itself, the other rules for its backing files too.
         password: of an encrypted image, and of its encrypted backing files: text, which stands for UTF-8, or bytes of a key file.

@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fastqcow.source import is_url
+
 if TYPE_CHECKING:
     from fastqcow._types import BinaryFile, Path
     from fastqcow.diskfile import DiskFile
@@ -76,6 +78,6 @@ def _try(file: object) -> None:
 
 def lasting(given: Rule) -> Any:
     """What `open` was given, such that it means the same in another process: a path as an absolute one."""
-    if not isinstance(given, (str, bytes, os.PathLike)) or given == "follow":
+    if not isinstance(given, (str, bytes, os.PathLike)) or given == "follow" or is_url(given):
         return given
     return os.path.abspath(os.fsdecode(given))

@@ -2,7 +2,8 @@
 
 Whoever wrote the image chose the names in it, and might like to read a file of ours. So the one who opens the image sets the rule,
 and the rule of those who set none is a safe one: what lies in the image's own directory or below, links followed. A name with a
-protocol (`json:`, `nbd:`, ...) is never opened by itself.
+protocol (`json:`, `nbd:`, ...) is never opened by itself. Nor is anything that an image at a URL names: what lies beside it cannot
+be told from here, as servers follow links and redirect; and an absolute path in it is one of another machine.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from fastqcow.errors import FormatError, PolicyError
 from fastqcow.header import DATA_FILE_RAW
-from fastqcow.source import open_path, open_source
+from fastqcow.source import is_url, open_path, open_source, scheme_of
 
 if TYPE_CHECKING:
     from fastqcow._reader import Source
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     Rule: TypeAlias = FixedRule | Gate
 
 __all__ = ["check_data_file", "named_path", "open_backing", "open_data_file"]
-
-_NO_PUNCTUATION = str.maketrans("", "", "+.-")
 
 
 def open_backing(image: Source, header: Header, rule: Rule) -> tuple[Source | None, Rule]:
@@ -97,9 +96,14 @@ def named_path(image: Source, name: str, what: str, option: str) -> str:
     """
     if name.startswith("file:"):
         name = name.removeprefix("file:")
-    elif _has_protocol(name):
+    elif scheme_of(name):
         raise PolicyError(
             f"the {what} {name!r} is not a plain path, and is not opened; give the file with {option}=", path=image.path
+        )
+    if not image.has_path and is_url(image.path):
+        raise PolicyError(
+            f"the {what} {name!r} is named by an image at a URL, and is not opened; give the file, or its URL, with {option}=",
+            path=image.path,
         )
     if not image.has_path and not os.path.isabs(name):
         raise PolicyError(
@@ -108,9 +112,3 @@ def named_path(image: Source, name: str, what: str, option: str) -> str:
             path=image.path,
         )
     return os.path.join(os.path.dirname(image.path), name) if image.has_path else name
-
-
-def _has_protocol(name: str) -> bool:
-    """As of a URL: letters, digits, `+`, `.` and `-` before a colon, a letter first."""
-    scheme, colon, _ = name.partition(":")
-    return bool(colon and scheme[:1].isalpha() and scheme.isascii() and scheme.translate(_NO_PUNCTUATION).isalnum())

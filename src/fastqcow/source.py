@@ -1,32 +1,39 @@
-"""From what a caller names to a source of the core: a path, or an open binary file."""
+"""From what a caller names to a source of the core: a path, a URL, or an open binary file."""
 
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import os
 import stat
 from typing import TYPE_CHECKING
 
 from fastqcow._reader import Source
+from fastqcow.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from fastqcow._types import BinaryFile, Path
 
-__all__ = ["open_path", "open_source"]
+__all__ = ["is_url", "open_path", "open_source", "scheme_of"]
+
+_NO_PUNCTUATION = str.maketrans("", "", "+.-")
 
 
 def open_source(source: Path | BinaryFile) -> Source:
-    """Open a path, or wrap an open binary file. The file stays the caller's, and stays open.
+    """Open a path or a URL, or wrap an open binary file. The file stays the caller's, and stays open.
 
     A plain file of Python (`open(..., "rb")`) is read by its descriptor, a duplicate of it, so that closing the file does not
     pull it away. Everything else (`gzip.open`, `io.BytesIO`, ...) is read by its methods: that such a file has a `fileno()`
-    does not mean that its bytes are those of the descriptor.
+    does not mean that its bytes are those of the descriptor. A URL is opened by fsspec.
 
     Raises:
         OSError: as from `os.open`; IsADirectoryError for a directory.
         TypeError: neither a path nor a binary file.
+        UnsupportedError: a URL, and a package that it needs is not installed.
     """
+    if is_url(source):
+        return _open_url(str(source))
     if isinstance(source, (str, bytes, os.PathLike)):
         path = os.fsdecode(source)
         return open_path(path, path)
@@ -43,6 +50,35 @@ def open_source(source: Path | BinaryFile) -> Source:
             source.flush()
         return _from_fd(os.dup(plain.fileno()), path, has_path=has_path, own=False)
     return Source.from_file(source, path, has_path)
+
+
+def is_url(source: object) -> bool:
+    """Whether a text is a URL (`scheme://...`, or a chain of them as fsspec has it) and not the path of something that is there."""
+    if not isinstance(source, str) or "://" not in source:
+        return False
+    scheme = scheme_of(source)
+    return source[len(scheme) :].startswith(("://", "::")) and scheme != "" and not os.path.lexists(source)
+
+
+def scheme_of(name: str) -> str:
+    """What a name begins with, as a URL does: letters, digits, `+`, `.` and `-` before a colon, a letter first. Else nothing."""
+    scheme, colon, _ = name.partition(":")
+    is_one = colon and scheme[:1].isalpha() and scheme.isascii() and scheme.translate(_NO_PUNCTUATION).isalnum()
+    return scheme if is_one else ""
+
+
+def _open_url(url: str) -> Source:
+    try:
+        module = importlib.import_module("fastqcow.integrations.fsspec")
+    except ModuleNotFoundError as e:
+        if e.name != "fsspec":
+            raise
+        raise UnsupportedError("to open a URL needs the package fsspec; install it, or fastqcow[fsspec]", path=url) from None
+    file = module.open_url(url)
+    if type(file) is not io.FileIO:
+        return Source.from_file(file, url, False)
+    with file:  # a local file, or a local copy
+        return _from_fd(os.dup(file.fileno()), url, has_path=False, own=False)
 
 
 def open_path(name: str, path: str) -> Source:
@@ -68,6 +104,8 @@ def _from_fd(fd: int, path: str, *, has_path: bool, own: bool) -> Source:
 def _name_of(file: object) -> tuple[str, bool]:
     """What to call a file object, and whether that is the path of a file. Some are called what they like, or a number."""
     name = getattr(file, "name", None)
+    if isinstance(url := getattr(file, "url", None), str):
+        return url, False
     if not isinstance(name, (str, bytes, os.PathLike)):
         return f"<{type(file).__name__}>", False
     return os.fsdecode(name), os.path.exists(name)

@@ -1,1 +1,1 @@
-"""fastqcow in other people's tools. Each module here is used alone, and only by who imports it: it may need a package of others."""
+"""fastqcow in other people's tools: a module for each, imported by its own name, as it may need a package of others."""
