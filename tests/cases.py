@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -112,6 +113,13 @@ def as_in_the_tables(theirs: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 continue
         found.append(same)
     return found
+
+
+def words(said: str) -> list[list[str]]:
+    """What qemu-img says to people, line by line, without what only newer versions say, and how they set it."""
+    said = said.split("Child node")[0].replace("VM_SIZE", "VM SIZE").replace("VM_CLOCK", "VM CLOCK")
+    said = re.sub(r"\b0*(\d+:\d\d:\d\d\.\d)", r"\1", said)  # hours
+    return [line.split() for line in said.splitlines() if line.strip() != "detached header: false"]
 
 
 def check_info(qemu: Qemu, path: Path, *, differs: str = "") -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
+from cases import words
 from conftest import Qemu
 from fastqcow.cli import main
 from fastqcow.cli.common import size_argument, size_text
@@ -88,7 +89,7 @@ def test_snapshots(qemu: Qemu, tmp_path: Path, capsys: pytest.CaptureFixture[str
     qemu.img("snapshot", "-c", "before", path)
     qemu.io(path, "write -P 2 0 1M")
     assert main(["snapshot", "-l", str(path)]) == 0
-    assert capsys.readouterr().out == qemu.img("snapshot", "-l", path).stdout
+    assert words(capsys.readouterr().out) == words(qemu.img("snapshot", "-l", path).stdout)
     assert main(["snapshot", "--output=json", str(path)]) == 0
     assert json.loads(capsys.readouterr().out)[0]["name"] == "before"
     for name in ("before", "1"):

@@ -9,7 +9,7 @@ from test_malformed import BITMAPS, HEADERS, SNAPSHOT_TABLES, SNAPSHOTS, SUBCLUS
 from test_verdicts import DEFLATE, ZSTD
 
 import fastqcow
-from cases import TRUNCATED, check_check, check_info, check_map
+from cases import TRUNCATED, check_check, check_info, check_map, words
 from conftest import Qemu
 from fastqcow.cli import main
 from images import mixed, text
@@ -114,9 +114,9 @@ def test_info(qemu: Qemu, image: Path) -> None:
 
 
 def test_info_for_people(qemu: Qemu, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    theirs = qemu.img("info", image).stdout.split("Child node")[0]
+    theirs = qemu.img("info", image).stdout
     assert main(["info", str(image)]) == 0
-    assert capsys.readouterr().out == theirs
+    assert words(capsys.readouterr().out) == words(theirs)
 
 
 def test_bytes(qemu: Qemu, image: Path) -> None:

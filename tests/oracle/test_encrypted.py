@@ -12,6 +12,7 @@ from typing import NoReturn
 import pytest
 
 import fastqcow
+from cases import words
 from conftest import Qemu
 from fastqcow.chain import make_options
 from fastqcow.cli import main
@@ -125,11 +126,13 @@ def empty(qemu: Qemu, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 def check_info(image: Encrypted, capsys: pytest.CaptureFixture[str]) -> None:
     theirs = json.loads(image.qemu.img("info", "--output=json", image.path).stdout)
+    theirs.pop("children", None)  # these two, newer versions of qemu-img say
+    theirs["format-specific"]["data"]["encrypt"].pop("detached-header", None)
     assert info(image.path, password=PASSWORD) == theirs
     secret = image.path.with_name("secret")
     secret.write_text(PASSWORD)
     assert main(["info", "--password-file", str(secret), str(image.path)]) == 0
-    assert capsys.readouterr().out == image.qemu.img("info", image.path).stdout
+    assert words(capsys.readouterr().out) == words(image.qemu.img("info", image.path).stdout)
 
 
 @pytest.mark.parametrize("options", MADE_BY_QEMU)
