@@ -2,7 +2,7 @@
 
 `install()` puts these classes in the place of dissect's own, so that every tool that is built on dissect uses them;
 
-    python -m fastqcow.integrations.dissect target-fs disk.qcow2 walk
+    python -m fastqcow.integrations.dissect target-fs disk.qcow2 ls /etc
 
 does so for one run of one of its commands. Where the two differ, in damaged images and in what dissect reads wrongly, is told in
 docs/integrations/dissect.md.
@@ -22,10 +22,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import fastqcow
-from fastqcow.chain import DEPTH_MAX, make_options, open_over
+from fastqcow.chain import DEPTH_MAX, Layer, make_options, open_over, open_view
 from fastqcow.errors import printable
-from fastqcow.header import EXT_END, EXT_FEATURE_NAMES, Header
-from fastqcow.image import Image, Snapshot
+from fastqcow.header import EXT_END, EXT_FEATURE_NAMES, V2_NBYTES, V3_NBYTES_MIN, Header
 from fastqcow.locks import ForkSafeLock
 from fastqcow.snapshots import check, read_entry, read_table
 from fastqcow.source import open_source
@@ -46,9 +45,8 @@ if TYPE_CHECKING:
 
 __all__ = ["QCow2", "QCow2Snapshot", "QCow2Stream", "install", "uninstall"]
 
-_V2_NBYTES = 72
 _HEADER_NBYTES = 112
-_V2_REST = struct.pack(">QQQII8x", 0, 0, 0, 4, _V2_NBYTES)  # what the fields mean that version 2 does not have
+_V2_REST = struct.pack(">QQQII8x", 0, 0, 0, 4, V2_NBYTES)  # what the fields mean that version 2 does not have
 
 
 class QCow2:
@@ -86,7 +84,8 @@ class QCow2:
         self.fh: Any = self._open_file(fh) if isinstance(fh, Path) else fh
         self._source = open_source(self.fh)
         self._read_header()
-        self._disk: Image | None = None
+        self._options = make_options()
+        self._disk: Layer | None = None
         self._disk_files: tuple[object, object] = None, None
 
         self.data_file: Any = self._open_data_file(data_file, allow_no_data_file) if self.needs_data_file else self.fh
@@ -105,9 +104,9 @@ class QCow2:
             raise InvalidHeaderError(f"Unsupported cluster size: 2**{self.header.cluster_bits}")
         # What follows a short header are extensions, and none of its fields.
         if self.header.version == 2:
-            head = head[:_V2_NBYTES] + _V2_REST
+            head = head[:V2_NBYTES] + _V2_REST
         else:
-            head = head[: self.header.header_length].ljust(_HEADER_NBYTES, b"\0")
+            head = head[: max(self.header.header_length, V3_NBYTES_MIN)].ljust(_HEADER_NBYTES, b"\0")
         self.header = c_qcow2.QCowHeader(head)
         self._set_geometry()
         if self.header.crypt_method:
@@ -297,26 +296,20 @@ class QCow2:
         if self.needs_backing_file and not self.has_backing_file:
             raise Error(f"backing-file required but not provided (auto_backing_file = {self.auto_backing_file!r})")
 
-    def _open_disk(self, snapshot: QCow2Snapshot | None) -> Image:
-        """The disk or a snapshot of it, over the files that are set now."""
+    def _open_disk(self) -> Layer:
+        """The disk over the files that are set now."""
         files = self.data_file, self.backing_file
         if self._disk is None or any(now is not then for now, then in zip(files, self._disk_files, strict=True)):
             data = open_source(self.data_file) if self.needs_data_file else None
             below = self.backing_file
             if isinstance(below, QCow2Stream):
-                below = below._disk._chain
+                below = below._disk
             elif below is not None:
                 below = open_source(below)
-            options = make_options()
             with _raising(Error):
-                chain = open_over(self._source, self._header, data, below, options)
-                self._disk = Image(chain, options, None)
+                self._disk = open_over(self._source, self._header, data, below, self._options)
             self._disk_files = files
-        if snapshot is None:
-            return self._disk
-        assert self._disk._chain is not None
-        with _raising(Error):
-            return Snapshot(self._disk._chain, self._disk._options, snapshot._entry, None)
+        return self._disk
 
 
 class QCow2Snapshot:
@@ -342,6 +335,18 @@ class QCow2Snapshot:
         self.qcow2._check_files()
         return QCow2Stream(self.qcow2, self)
 
+    def _open_disk(self) -> Layer:
+        with _raising(Error):
+            check(self._entry, self.qcow2._header, self.qcow2._source.path)
+            return open_view(
+                self.qcow2._open_disk(),
+                self.qcow2._options,
+                size=self._entry.disk_size & ~511,
+                l1_off=self._entry.l1_off,
+                l1_entries=self._entry.l1_entries,
+                with_backing=True,
+            )
+
     @cached_property
     def l1_table(self) -> list[int]:
         with _raising(Error):
@@ -362,9 +367,10 @@ class QCow2Stream(AlignedStream):  # type: ignore[misc]
     def __init__(self, qcow2: QCow2, l1_table: QCow2Snapshot | list[int] | None = None) -> None:
         self.qcow2 = qcow2
         self._snapshot = l1_table if isinstance(l1_table, QCow2Snapshot) else _snapshot_with(qcow2, l1_table)
-        self._disk = qcow2._open_disk(self._snapshot)
-        super().__init__(self._disk.size, align=qcow2.cluster_size)
-        self._pread = self._disk.pread
+        self._disk = (self._snapshot or qcow2)._open_disk()
+        reader = self._disk.reader
+        super().__init__(reader.size, align=qcow2.cluster_size)
+        self._pread, self._preadv = reader.pread, reader.preadv
         self._position = 0
         self._position_lock = ForkSafeLock()
 
@@ -380,7 +386,7 @@ class QCow2Stream(AlignedStream):  # type: ignore[misc]
             elif whence == io.SEEK_CUR:
                 pos = max(0, self._position + pos)
             elif whence == io.SEEK_END:
-                pos = max(0, self._disk.size + pos)
+                pos = max(0, self._disk.reader.size + pos)
             else:
                 raise OSError("invalid whence value")
             self._position = pos
@@ -397,7 +403,7 @@ class QCow2Stream(AlignedStream):  # type: ignore[misc]
 
     def readinto(self, b: Writable) -> int:
         with self._position_lock.lock:
-            count = self._disk.preadv((b,), self._position)
+            count = self._preadv((b,), self._position)
             self._position += count
             return count
 
@@ -413,7 +419,7 @@ class QCow2Stream(AlignedStream):  # type: ignore[misc]
             return self._pread(self._nbytes(n), self._position)
 
     def _nbytes(self, n: int | None) -> int:
-        left = max(self._disk.size - self._position, 0)
+        left = max(self._disk.reader.size - self._position, 0)
         if n is None or n == -1:
             return left
         if n < 0:
