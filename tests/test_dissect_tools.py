@@ -153,7 +153,9 @@ def test_install_reaches_those_who_have_the_names(monkeypatch: pytest.MonkeyPatc
     other: Any = ModuleType("dissect.some_tool")
     user.Disk, user.own = DISSECT.QCow2, FASTQCOW.QCow2
     monkeypatch.setitem(sys.modules, "some_tool", user)
-    monkeypatch.setitem(sys.modules, "some_lazy_object", "no module")
+    monkeypatch.setitem(sys.modules, "some_object", "no module")
+    pretends = type("Pretends", (), {"__slots__": (), "__class__": ModuleType})()  # as libraries of cffi do
+    monkeypatch.setitem(sys.modules, "some_library", pretends)
     integration.install()
     try:
         monkeypatch.setitem(sys.modules, "dissect.some_tool", other)

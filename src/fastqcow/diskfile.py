@@ -52,8 +52,8 @@ class DiskFile(io.RawIOBase):
     `tell` share one position, as those of any file. Closing the file lets reads that are under way in other threads finish.
     """
 
-    def __init__(self, reader: Reader, origin: Origin | None, start: int = 0) -> None:
-        """The reader's bytes from `start` on. origin: how it was opened; None if that cannot be done again."""
+    def __init__(self, reader: Reader, origin: Origin, start: int = 0) -> None:
+        """The reader's bytes from `start` on."""
         super().__init__()
         self._reader: Reader | None = reader
         self._origin = origin
@@ -92,12 +92,7 @@ class DiskFile(io.RawIOBase):
         return self._reopening()
 
     def _reopening(self) -> tuple[Any, ...]:
-        return Origin.open, (self._lasting_origin(),)
-
-    def _lasting_origin(self) -> Origin:
-        if self._origin is None:
-            raise TypeError("this image was opened by another library's object, and does not pickle")
-        return self._origin.checked()
+        return Origin.open, (self._origin.checked(),)
 
     def close(self) -> None:
         # Readers and sources are freed, and descriptors closed, with the last reference: this one, or a running read's.

@@ -36,7 +36,7 @@ class Image(DiskFile):
     from a file object that does not pickle itself.
     """
 
-    def __init__(self, chain: Layer, options: Options, origin: Origin | None) -> None:
+    def __init__(self, chain: Layer, options: Options, origin: Origin) -> None:
         assert chain.header is not None
         source = chain.reader.source
         self._snapshots = read_table(source.pread, chain.header, source.path)
@@ -136,7 +136,7 @@ class Snapshot(Image):
     It pickles as its image does, and unpickling raises KeyError where the image does not have this snapshot any more.
     """
 
-    def __init__(self, image: Layer, options: Options, entry: SnapshotEntry, origin: Origin | None) -> None:
+    def __init__(self, image: Layer, options: Options, entry: SnapshotEntry, origin: Origin) -> None:
         assert image.header is not None
         check(entry, image.header, image.reader.source.path)
         self._image: Layer | None = image
@@ -166,7 +166,7 @@ class Snapshot(Image):
         return Snapshot(reopened(self._image, self._options), self._options, self._entry, self._origin)
 
     def _reopening(self) -> tuple[Any, ...]:
-        return _open_snapshot, (self._lasting_origin(), self._entry)
+        return _open_snapshot, (self._origin.checked(), self._entry)
 
     def close(self) -> None:
         self._image = None
@@ -176,7 +176,7 @@ class Snapshot(Image):
 class VmState(DiskFile):
     """The machine state of a snapshot: it is stored behind the end of the disk, from the next L2 table on."""
 
-    def __init__(self, image: Layer, options: Options, entry: SnapshotEntry, origin: Origin | None) -> None:
+    def __init__(self, image: Layer, options: Options, entry: SnapshotEntry, origin: Origin) -> None:
         assert image.header is not None
         self._entry = entry
         covers = image.header.l1_covers_bits
@@ -190,7 +190,7 @@ class VmState(DiskFile):
         super().__init__(open_view(image, options, size=size, with_backing=False, **table).reader, origin, start)
 
     def _reopening(self) -> tuple[Any, ...]:
-        return _open_vm_state, (self._lasting_origin(), self._entry)
+        return _open_vm_state, (self._origin.checked(), self._entry)
 
 
 def _open_snapshot(origin: Origin, entry: SnapshotEntry) -> Snapshot:

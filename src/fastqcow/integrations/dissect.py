@@ -489,7 +489,7 @@ def _replace(by_id: dict[int, type], modules: list[ModuleType]) -> list[tuple[Mo
     """Replace the values of global names; returns which."""
     found = []
     for module in modules:
-        if isinstance(module, ModuleType):
+        if issubclass(type(module), ModuleType):  # some objects there only say that they are one
             # Not by vars(): that would import modules which wait for their first use.
             names = object.__getattribute__(module, "__dict__").items()
             found += [(module, name, by_id[id(value)]) for name, value in list(names) if id(value) in by_id]
