@@ -148,6 +148,17 @@ def test_install() -> None:
     integration.uninstall()  # does nothing
 
 
+def test_import_that_installs() -> None:
+    code = """if True:
+        import fastqcow.integrations.dissect.auto
+        from dissect.hypervisor.disk import qcow2
+        from fastqcow.integrations import dissect
+        print(qcow2.QCow2 is dissect.QCow2)
+        dissect.uninstall()
+        print(qcow2.QCow2 is dissect.QCow2)"""
+    assert run(code).split() == ["True", "False"]
+
+
 def test_install_reaches_those_who_have_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
     user: Any = ModuleType("some_tool")
     other: Any = ModuleType("dissect.some_tool")

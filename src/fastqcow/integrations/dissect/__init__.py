@@ -10,7 +10,6 @@ docs/integrations/dissect.md.
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
 import struct
 import sys
@@ -496,28 +495,3 @@ def _replace(by_id: dict[int, type], modules: list[ModuleType]) -> list[tuple[Mo
     for module, name, value in found:
         setattr(module, name, value)
     return [(module, name) for module, name, _ in found]
-
-
-def main(arguments: list[str]) -> int:
-    """Run one of the commands that packages of dissect install, with this reader in place."""
-    if not arguments or arguments[0] in ("-h", "--help"):
-        usage = "usage: python -m fastqcow.integrations.dissect COMMAND [ARGUMENT ...]"
-        purpose = "Run a command of dissect, such as target-fs, with fastqcow as its qcow2 reader."
-        print(f"{usage}\n\n{purpose}", file=sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 1
-    command, *_ = arguments
-    found = importlib.metadata.entry_points(group="console_scripts", name=command)
-    if not found:
-        print(f"fastqcow: there is no command {command!r} in this Python's packages", file=sys.stderr)
-        return 1
-    install()
-    sys.argv = arguments
-    result = next(iter(found)).load()()
-    return result if isinstance(result, int) else 0
-
-
-if __name__ == "__main__":
-    # By its own name, or there would be two of each class.
-    from fastqcow.integrations import dissect
-
-    sys.exit(dissect.main(sys.argv[1:]))

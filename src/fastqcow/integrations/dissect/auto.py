@@ -1,0 +1,5 @@
+"""Imported for what it does: `fastqcow.integrations.dissect.install()`."""
+
+from fastqcow.integrations.dissect import install
+
+install()
