@@ -211,7 +211,7 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str], tmp_path: Pa
         assert subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True).stdout.split() == ["convert"]
 
 
-@pytest.mark.parametrize("command", [[], ["info"], ["map"], ["convert"], ["snapshot"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["info"], ["map"], ["convert"], ["snapshot"], ["serve"], ["bench"]])
 def test_help_has_an_example(command: list[str]) -> None:
     done = run(*command, "--help")
     assert done.returncode == 0

@@ -18,7 +18,8 @@ from typing import NoReturn
 
 __all__ = ["main", "parser"]
 
-_COMMANDS = ("info", "map", "convert", "check", "compare", "checksum", "snapshot", "bitmap", "bench", "completion")
+_COMMANDS = ("info", "map", "convert", "check", "compare", "checksum", "snapshot", "bitmap", "serve", "bench", "completion")
+_PASS_ON = ("serve",)  # what follows "--" belongs to the program that they run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -67,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     from fastqcow.errors import Error, explain
 
     argv = sys.argv[1:] if argv is None else argv
-    arguments = parser(argv).parse_args(argv)
+    passed_on: list[str] = []
+    if argv[:1] and argv[0] in _PASS_ON and "--" in argv:
+        argv, passed_on = list(argv[: argv.index("--")]), list(argv[argv.index("--") + 1 :])
+    arguments = parser(argv).parse_args(argv, argparse.Namespace(passed_on=passed_on))
     gc.freeze()  # what is imported stays: no collection need look at it, not even the one at the end
     warnings.showwarning = _warn
     before = signal.signal(signal.SIGTERM, _stop)
