@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
 
 import fsspec
+from fsspec.asyn import AsyncFileSystem
 
 from fastqcow.errors import UnsupportedError
 from fastqcow.locks import ForkSafeLock, for_file
@@ -87,7 +88,7 @@ def open_file(fs: Any, path: str, url: str | None = None) -> RemoteFile | Stream
 def _is_async(fs: Any) -> bool:
     """Some file systems only pass on to another one."""
     inner = getattr(fs, "fs", None)
-    return bool(fs.async_impl and not fs.asynchronous and (inner is None or _is_async(inner)))
+    return isinstance(fs, AsyncFileSystem) and not fs.asynchronous and (inner is None or _is_async(inner))
 
 
 def _os_error(e: Exception, url: str, host_off: int | None = None) -> OSError:
@@ -309,29 +310,41 @@ class RemoteFile(io.RawIOBase):
                 task.cancel()
 
     async def _get_by_http(self, fs: Any, at: int, nbytes: int) -> tuple[int, bytes]:
-        """How long the file is, and its bytes. No more is taken from the server than was asked for."""
+        """How long the file is, and its bytes."""
         options = {key: value for key, value in fs.kwargs.items() if key != "headers"}
         headers = dict(fs.kwargs.get("headers") or {})
         headers |= {"Range": f"bytes={at}-{at + nbytes - 1}", "Accept-Encoding": "identity"}
-        data = bytearray()
         try:
             session = await fs.set_session()
             async with session.get(fs.encode_url(self._path), headers=headers, **options) as answer:
-                first, total = _content_range(answer.headers.get("Content-Range", ""))
-                if answer.status == 416 and total == 0:
-                    return 0, b""  # an empty file has no ranges
-                if answer.status == 200:
-                    raise OSError(errno.ESPIPE, f"the server does not send ranges of files; {_COPY}", self.url)
-                answer.raise_for_status()
-                if answer.status != 206 or first != at or total is None:
-                    said = f"{answer.status} with Content-Range {answer.headers.get('Content-Range')!r}"
-                    raise OSError(errno.EPROTO, f"the server answers {said} to {headers['Range']!r}; {_COPY}", self.url)
-                while len(data) <= nbytes and (more := await answer.content.read(nbytes + 1 - len(data))):
-                    data += more
+                try:
+                    return await self._read_answer(answer, at, nbytes)
+                finally:
+                    if not answer.content.at_eof():
+                        answer.close()  # aiohttp may use the connection again, and then wait for ever
         except OSError as e:
             raise e if e.filename == self.url else _os_error(e, self.url, at) from e
         except Exception as e:
             raise _os_error(e, self.url, at) from e
+
+    async def _read_answer(self, answer: Any, at: int, nbytes: int) -> tuple[int, bytes]:
+        """No more is taken from the server than was asked for."""
+        said = answer.headers.get("Content-Range", "")
+        first, total = _content_range(said)
+        if answer.status == 416 and total == 0:
+            return 0, b""  # an empty file has no ranges
+        if answer.status == 200:
+            raise OSError(errno.ESPIPE, f"the server does not send ranges of files; {_COPY}", self.url)
+        answer.raise_for_status()
+        if answer.status != 206 or first != at or total is None:
+            raise OSError(
+                errno.EPROTO,
+                f"the server answers {answer.status} with Content-Range {said!r} (host offset {at:#x}); {_COPY}",
+                self.url,
+            )
+        data = bytearray()
+        while len(data) <= nbytes and (more := await answer.content.read(nbytes + 1 - len(data))):
+            data += more
         self._check_length(data, at, min(nbytes, total - at))
         return total, bytes(data)
 
