@@ -64,7 +64,10 @@ class Qcow2FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
             raise ValueError(f"mode is {mode!r}; images are read-only")
         options = {"backing": backing, "data_file": data_file, "password": password}
         options |= {"threads": threads, "cache_size": cache_size, "engine": engine}
-        image = fastqcow.open(_image_file(fo, target_protocol, target_options or {}), **options)
+        file = _image_file(fo, target_protocol, target_options or {})
+        image = fastqcow.open(file, **options)
+        if file is not fo and type(file) is io.FileIO:
+            file.close()  # its descriptor was duplicated
         self._opened: dict[str, fastqcow.Image] = {DISK: image}
         self._snapshots: dict[str, fastqcow.SnapshotEntry] = {}
         for entry in image.snapshots:
