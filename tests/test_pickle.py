@@ -318,5 +318,5 @@ def test_process_that_has_imported_nothing(path: Path) -> None:
     """A pickle alone says what is to be imported."""
     with fastqcow.open(path) as image:
         code = "import pickle, sys; print(pickle.load(sys.stdin.buffer).pread(50, 65536 + 7).hex())"
-        done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(image), capture_output=True, check=True, cwd="/")
+        done = subprocess.run([sys.executable, "-c", code], input=pickle.dumps(image), capture_output=True, check=True)
     assert bytes.fromhex(done.stdout.decode()) == PLAIN[7:57]

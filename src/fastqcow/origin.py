@@ -40,6 +40,9 @@ class Origin(NamedTuple):
     def open(self) -> Any:
         return self.opener(self.source, **self.options)
 
+    def with_options(self, **options: Any) -> Origin:
+        return self._replace(options=self.options | options)
+
     def checked(self) -> Origin:
         """Itself, if it can be pickled, as far as a look at its file objects tells.
 

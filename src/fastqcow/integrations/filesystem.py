@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Container
@@ -65,9 +66,9 @@ class Qcow2FileSystem(fsspec.AbstractFileSystem):  # type: ignore[misc]
         options = {"backing": backing, "data_file": data_file, "password": password}
         options |= {"threads": threads, "cache_size": cache_size, "engine": engine}
         file = _image_file(fo, target_protocol, target_options or {})
-        image = fastqcow.open(file, **options)
-        if file is not fo and type(file) is io.FileIO:
-            file.close()  # its descriptor was duplicated
+        # A local copy is read by a duplicate of its descriptor, and need not stay open.
+        with file if type(file) is io.FileIO and file is not fo else contextlib.nullcontext():
+            image = fastqcow.open(file, **options)
         self._opened: dict[str, fastqcow.Image] = {DISK: image}
         self._snapshots: dict[str, fastqcow.SnapshotEntry] = {}
         for entry in image.snapshots:
