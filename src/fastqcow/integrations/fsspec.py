@@ -11,13 +11,13 @@ range was asked for. Failed requests are not made again, but by those file syste
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import errno
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
@@ -30,16 +30,25 @@ if TYPE_CHECKING:
 
 __all__ = ["RemoteFile", "StreamFile", "open_file", "open_url"]
 
-BLOCK = 128 << 10  # smaller reads fetch, and keep, blocks of so many bytes
-CACHE_BLOCKS = 128  # kept for each file: 16 MiB
-AHEAD_BLOCKS_MAX = 16  # fetched at once where small reads follow each other
+BLOCK = 128 << 10
+PIECE = 4 * BLOCK  # by one request
+REQUESTS = 16  # of one file at the same time
+CACHE_BLOCKS = 128  # of each file: 16 MiB
+AHEAD_BLOCKS_MAX = 32
 STREAMS = 8  # that are told from each other
-PIECE = 512 << 10  # more than that is fetched by several requests at the same time, ...
-REQUESTS = 16  # ... but by no more than so many for one read
+FEW_RANGES = 4  # more are fetched as they are: they lie all over the file, and blocks would be many times as much
 POLL_SECONDS = 0.05
 
 Range: TypeAlias = tuple[int, int]  # host offset, bytes
-_T = TypeVar("_T")
+_Block: TypeAlias = "tuple[Future[list[bytes]], int]"  # a piece that is being fetched, or was, and which of its blocks
+
+
+class _Stream(NamedTuple):
+    """Reads that continue one another, in blocks: where the last one ended, how much is fetched ahead of it, and up to where."""
+
+    end: int
+    window: int
+    fetched: int
 
 
 def open_url(url: str, **storage_options: Any) -> RemoteFile | StreamFile | io.FileIO:
@@ -110,9 +119,9 @@ def _os_error(e: Exception, url: str, host_off: int | None = None) -> OSError:
 class RemoteFile(io.RawIOBase):
     """A file of an asynchronous file system of fsspec. Made by `open_url` or `open_file`, and read by `fastqcow.open`.
 
-    `read_ranges` may be called by many threads at once, and does not move the position, which `read` and `seek` share. Reads of
-    less than 128 KiB fetch whole blocks of that size, and 16 MiB of these are kept; where such reads follow each other, each
-    fetches twice as much as the last one, up to 2 MiB.
+    `read_ranges` may be called by many threads at once, and does not move the position, which `read` and `seek` share. It fetches
+    blocks of 128 KiB, up to four by one request, and keeps the last 16 MiB of them. Behind reads that continue one another it
+    fetches what comes next while these are being worked on, up to 4 MiB. Who asks for many ranges at once gets just these.
 
     It pickles as its file system does, with the options that this was given. After a fork it goes on with a file system of its own.
 
@@ -126,15 +135,21 @@ class RemoteFile(io.RawIOBase):
         self._fs, self._path, self._pid = fs, path, os.getpid()
         self._is_http = type(fs).__module__ == "fsspec.implementations.http"
         self._lock = ForkSafeLock()
-        self._blocks: OrderedDict[int, bytes] = OrderedDict()
-        self._streams: OrderedDict[int, int] = OrderedDict()  # the block behind what was fetched last: how many blocks that were
+        self._gate = asyncio.Semaphore(REQUESTS)
+        self._blocks: OrderedDict[int, _Block] = OrderedDict()  # the one that was used last is at the end
+        self._streams: list[_Stream] = []  # here, too
         self._position = 0
         self._size = self._open_http() if self._is_http else self._ask_size()
 
     def _open_http(self) -> int:
         """The first block tells how long the file is. Not so HEAD, which servers may answer by other rules than GET."""
-        size, block = self._run(lambda fs: self._get_by_http(fs, 0, BLOCK), lambda: False)
-        self._blocks[0], self._streams[1] = block, 1
+        fs = self._fs
+        asked = asyncio.run_coroutine_threadsafe(self._get_by_http(fs, 0, BLOCK), fs.loop)
+        self._wait([asked], _never)
+        size, data = asked.result()
+        got: Future[list[bytes]] = Future()
+        got.set_result([data])
+        self._blocks[0] = got, 0
         return size
 
     def _ask_size(self) -> int:
@@ -181,7 +196,7 @@ class RemoteFile(io.RawIOBase):
 
     def read(self, size: int | None = -1, /) -> bytes:
         nbytes = self._size if size is None or size < 0 else size
-        (data,) = self.read_ranges([(self._position, nbytes)], lambda: False)
+        (data,) = self.read_ranges([(self._position, nbytes)], _never)
         self._position += len(data)
         return data
 
@@ -201,113 +216,111 @@ class RemoteFile(io.RawIOBase):
             OSError: the server failed, or sent something else than it was asked for.
         """
         wanted = [(at, max(min(nbytes, self._size - at), 0)) for at, nbytes in ranges]
-        needed = {i for at, nbytes in wanted if nbytes < BLOCK for i in _blocks_of(at, nbytes)}
-        blocks = self._kept(needed)
-        missing = self._to_fetch(sorted(needed - blocks.keys()))
-        of_blocks = [piece for at, nbytes in missing for piece in _pieces(at, nbytes)]
-        others = [piece for at, nbytes in wanted if nbytes >= BLOCK for piece in _pieces(at, nbytes)]
-        fetched = self._fetch([*of_blocks, *others], stopped)
-        for piece in of_blocks:
-            blocks.update(zip(_blocks_of(*piece), _cut(fetched[piece]), strict=True))
-        self._keep({i: blocks[i] for piece in of_blocks for i in _blocks_of(*piece)})
-        return [
-            b"".join(fetched[piece] for piece in _pieces(at, nbytes)) if nbytes >= BLOCK else _from_blocks(blocks, at, nbytes)
-            for at, nbytes in wanted
-        ]
+        if len(wanted) > FEW_RANGES:
+            return self._read_exactly(wanted, stopped)
+        while True:
+            with self._lock.lock:
+                blocks = self._want(i for each in wanted for i in _blocks_of(*each))
+                for each in wanted:
+                    self._look_ahead(_blocks_of(*each))
+            try:
+                self._wait([piece for piece, _ in blocks.values()], stopped)
+                return [_from_blocks(blocks, at, nbytes) for at, nbytes in wanted]
+            except CancelledError:
+                continue  # by another thread that waited for the same block
 
-    # Blocks
+    def _read_exactly(self, wanted: list[Range], stopped: Callable[[], bool]) -> list[bytes]:
+        pieces = [[self._start(*piece) for piece in _pieces(*each)] for each in wanted]
+        self._wait([piece for each in pieces for piece in each], stopped)
+        return [b"".join(data for piece in each for data in piece.result()) for each in pieces]
 
-    def _kept(self, indices: set[int]) -> dict[int, bytes]:
-        with self._lock.lock:
-            found = {i: self._blocks[i] for i in indices if i in self._blocks}
-            for i in found:
-                self._blocks.move_to_end(i)
+    # Blocks; these are called with the lock
+
+    def _want(self, indices: Iterable[int]) -> dict[int, _Block]:
+        """These blocks, fetched, being fetched, or from now on."""
+        self._filesystem()
+        wanted = set(indices)
+        found = {i: self._blocks[i] for i in wanted & self._blocks.keys() if not _has_failed(self._blocks[i][0])}
+        for i in found:
+            self._blocks.move_to_end(i)
+        missing = sorted(wanted - found.keys())
+        while missing:
+            first = missing[0]
+            count = next((n for n in range(1, PIECE // BLOCK) if missing[n : n + 1] != [first + n]), PIECE // BLOCK)
+            piece = self._start(first * BLOCK, min(count * BLOCK, self._size - first * BLOCK))
+            for n in range(count):
+                found[first + n] = self._blocks[first + n] = piece, n
+            del missing[:count]
+        while len(self._blocks) > CACHE_BLOCKS:
+            self._blocks.popitem(last=False)
         return found
 
-    def _keep(self, blocks: dict[int, bytes]) -> None:
-        with self._lock.lock:
-            self._blocks.update(blocks)
-            while len(self._blocks) > CACHE_BLOCKS:
-                self._blocks.popitem(last=False)
-
-    def _to_fetch(self, missing: list[int]) -> list[Range]:
-        """The ranges of these blocks, and of those that are likely to be wanted next."""
-        runs: list[list[int]] = []
-        for i in missing:
-            if runs and runs[-1][1] == i:
-                runs[-1][1] += 1
-            else:
-                runs.append([i, i + 1])
-        if len(runs) <= 2:  # of a small read; a large one has its own way
-            runs = [[first, self._ahead(first, end)] for first, end in runs]
-        return [(first * BLOCK, min(end * BLOCK, self._size) - first * BLOCK) for first, end in runs]
-
-    def _ahead(self, first: int, end: int) -> int:
-        """Where to end in place of `end`: farther, if this carries on where something else ended."""
-        with self._lock.lock:
-            count = max(min(2 * self._streams.pop(first, 0), AHEAD_BLOCKS_MAX), end - first)
-            last = min(first + count, -(-self._size // BLOCK))
-            end = next((i for i in range(end, last) if i in self._blocks), last)
-            self._streams[end] = end - first
-            while len(self._streams) > STREAMS:
-                self._streams.popitem(last=False)
-        return end
+    def _look_ahead(self, read: range) -> None:
+        """A read has come by: if it continues another one, fetch what is likely to be read next."""
+        if not read:
+            return
+        stream = next((each for each in self._streams if each.end - 1 <= read.start <= each.end + 1), None)
+        if stream is None:
+            self._streams = [*self._streams[1 - STREAMS :], _Stream(read.stop, 0, read.stop)]
+        elif read.stop > stream.end:
+            self._streams.remove(stream)
+            window = min(max(2 * stream.window, len(read)), AHEAD_BLOCKS_MAX)
+            fetched = max(stream.fetched, read.stop)
+            if fetched - read.stop <= window // 2:
+                until = min(read.stop + window, -(-self._size // BLOCK))
+                self._want(range(fetched, until))
+                fetched = max(fetched, until)
+            self._streams.append(_Stream(read.stop, window, fetched))
 
     # Requests
 
     def _filesystem(self) -> Any:
         if self._pid != os.getpid():
             self._fs = type(self._fs)(*self._fs.storage_args, **self._fs.storage_options)
-            self._pid = os.getpid()
+            self._gate, self._pid = asyncio.Semaphore(REQUESTS), os.getpid()
+            self._blocks.clear()  # some of them are on their way to the parent
         return self._fs
 
-    def _run(self, make: Callable[[Any], Coroutine[Any, Any, _T]], stopped: Callable[[], bool]) -> _T:
-        """Run a coroutine on the file system's loop. Not by fsspec's `sync`, which cannot be told to stop."""
+    def _start(self, at: int, nbytes: int) -> Future[list[bytes]]:
+        """Fetch a piece, whose blocks the future then has. Not by fsspec's `sync`, which waits."""
         fs = self._filesystem()
-        future = asyncio.run_coroutine_threadsafe(make(fs), fs.loop)
+        return asyncio.run_coroutine_threadsafe(self._get(fs, at, nbytes), fs.loop)
+
+    def _wait(self, pieces: Sequence[Future[Any]], stopped: Callable[[], bool]) -> None:
+        """Until all are there, or one has failed, which raises.
+
+        Raises:
+            CancelledError: somebody else has stopped one of them.
+        """
+        left = set(pieces)
         try:
-            while not concurrent.futures.wait([future], POLL_SECONDS).done:
-                if stopped():
+            while left:
+                done, left = wait(left, POLL_SECONDS, FIRST_EXCEPTION)
+                for piece in done:
+                    piece.result()
+                if left and stopped():
                     raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED), self.url)
-            return future.result()
-        finally:
-            future.cancel()
+        except (OSError, CancelledError):
+            if stopped():
+                _cancel(left)
+            raise
+        except BaseException:
+            _cancel(left)
+            raise
 
-    def _fetch(self, pieces: list[Range], stopped: Callable[[], bool]) -> dict[Range, bytes]:
-        if not pieces:
-            return {}
-        get = self._get_ranges_by_http if self._is_http else self._cat_ranges
-        return dict(zip(pieces, self._run(lambda fs: get(fs, pieces), stopped), strict=True))
-
-    async def _cat_ranges(self, fs: Any, pieces: list[Range]) -> list[bytes]:
-        starts, ends = [at for at, _ in pieces], [at + nbytes for at, nbytes in pieces]
-        try:
-            paths = [self._path] * len(pieces)
-            found = await fs._cat_ranges(paths, starts, ends, batch_size=REQUESTS, on_error="return")
-        except Exception as e:
-            raise _os_error(e, self.url, starts[0]) from e
-        for (at, nbytes), data in zip(pieces, found, strict=True):
-            if isinstance(data, Exception):
-                raise _os_error(data, self.url, at) from data
-            self._check_length(data, at, nbytes)
-        return cast("list[bytes]", found)
-
-    async def _get_ranges_by_http(self, fs: Any, pieces: list[Range]) -> list[bytes]:
-        gate = asyncio.Semaphore(REQUESTS)
-
-        async def get(at: int, nbytes: int) -> bytes:
-            async with gate:
+    async def _get(self, fs: Any, at: int, nbytes: int) -> list[bytes]:
+        async with self._gate:
+            if self._is_http:
                 total, data = await self._get_by_http(fs, at, nbytes)
-            if total != self._size:
-                raise OSError(errno.ESTALE, f"the file has changed: it had {self._size} bytes, and has {total}", self.url)
-            return data
-
-        tasks = [asyncio.ensure_future(get(at, nbytes)) for at, nbytes in pieces]
-        try:
-            return list(await asyncio.gather(*tasks))
-        finally:
-            for task in tasks:
-                task.cancel()
+                if total != self._size:
+                    raise OSError(errno.ESTALE, f"the file has changed: it had {self._size} bytes, and has {total}", self.url)
+            else:
+                try:
+                    data = await fs._cat_file(self._path, start=at, end=at + nbytes)
+                except Exception as e:
+                    raise _os_error(e, self.url, at) from e
+                self._check_length(data, at, nbytes)
+        return [data[i : i + BLOCK] for i in range(0, len(data), BLOCK)]
 
     async def _get_by_http(self, fs: Any, at: int, nbytes: int) -> tuple[int, bytes]:
         """How long the file is, and its bytes."""
@@ -367,21 +380,33 @@ def _content_range(said: str) -> tuple[int | None, int | None]:
     return int(first) if first.isdecimal() else None, int(total)
 
 
+def _never() -> bool:
+    return False
+
+
 def _blocks_of(at: int, nbytes: int) -> range:
     return range(at // BLOCK, -(-(at + nbytes) // BLOCK)) if nbytes else range(0)
-
-
-def _cut(data: bytes) -> list[bytes]:
-    return [data[i : i + BLOCK] for i in range(0, len(data), BLOCK)]
 
 
 def _pieces(at: int, nbytes: int) -> list[Range]:
     return [(start, min(PIECE, at + nbytes - start)) for start in range(at, at + nbytes, PIECE)]
 
 
-def _from_blocks(blocks: dict[int, bytes], at: int, nbytes: int) -> bytes:
-    spans = ((i, max(at - i * BLOCK, 0), at + nbytes - i * BLOCK) for i in _blocks_of(at, nbytes))
-    return b"".join(blocks[i][start:end] for i, start, end in spans)
+def _from_blocks(blocks: dict[int, _Block], at: int, nbytes: int) -> bytes:
+    parts = []
+    for i in _blocks_of(at, nbytes):
+        piece, n = blocks[i]
+        parts.append(piece.result()[n][max(at - i * BLOCK, 0) : at + nbytes - i * BLOCK])
+    return b"".join(parts)
+
+
+def _has_failed(piece: Future[Any]) -> bool:
+    return piece.done() and (piece.cancelled() or piece.exception() is not None)
+
+
+def _cancel(pieces: Iterable[Future[Any]]) -> None:
+    for piece in pieces:
+        piece.cancel()
 
 
 class StreamFile(io.RawIOBase):
