@@ -6,11 +6,13 @@ import os
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from images import mixed, noise, text
+from webserver import WebServer, web_server
 
 
 class Qemu:
@@ -82,6 +84,12 @@ def ext4_image(qemu: Qemu, ext4_files: dict[str, bytes], tmp_path_factory: pytes
     subprocess.run([make, "-q", "-d", folder / "root", folder / "disk.raw", "16M"], check=True)
     qemu.img("convert", "-c", "-f", "raw", "-O", "qcow2", folder / "disk.raw", folder / "disk.qcow2")
     return folder / "disk.qcow2"
+
+
+@pytest.fixture
+def server() -> Iterator[WebServer]:
+    with web_server() as server:
+        yield server
 
 
 @pytest.fixture(scope="session", autouse=True)

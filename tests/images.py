@@ -139,3 +139,24 @@ def mixed(nbytes: int, seed: int = 0) -> bytes:
         n = min(nbytes - len(made), rng.choice((100, 4096, 5000, 40_000, 65_536, 200_000)))
         made += rng.choice((lambda k, _: bytes(k), text, noise))(n, len(made))
     return made
+
+
+def plain_and_compressed(clusters: int = 100, *, scattered: bool = False) -> tuple[bytes, bytes]:
+    """An image of compressed and plain clusters, in the order of the disk or not, and its contents."""
+    cluster_size, at = 65536, PAYLOAD * 65536
+    order = list(range(clusters))
+    if scattered:
+        random.Random(3).shuffle(order)
+    contents = b"".join((text, noise)[i % 3 == 0](cluster_size, i) for i in range(clusters))
+    entries, payload = [0] * clusters, bytearray()
+    for i in order:
+        cluster = contents[i * cluster_size : (i + 1) * cluster_size]
+        if i % 3 == 0:
+            payload += bytes(-len(payload) % cluster_size)
+            entries[i] = data_entry(at + len(payload))
+            payload += cluster
+        else:
+            stream = deflate(cluster)
+            entries[i] = compressed_entry(at + len(payload), len(stream), 16)
+            payload += stream
+    return build(entries, bytes(payload)), contents

@@ -6,7 +6,6 @@ import importlib.metadata
 import io
 import pickle
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ import pytest
 import fastqcow
 from conftest import Qemu
 from images import L1, L2, PAYLOAD, build, compressed_entry, data_entry, deflate, noise, patched, snapshot_entry, text
-from webserver import WebServer, web_server
+from webserver import WebServer
 
 fsspec = pytest.importorskip("fsspec")
 
@@ -242,15 +241,14 @@ def test_other_kinds_of_files(path: Path) -> None:
 
 
 @pytest.fixture
-def server() -> Iterator[WebServer]:
+def url(server: WebServer) -> str:
     pytest.importorskip("aiohttp")
-    with web_server() as server:
-        server.files["disk.qcow2"] = IMAGE
-        yield server
+    server.files["disk.qcow2"] = IMAGE
+    return server.url("disk.qcow2")
 
 
-def test_chain_over_http(server: WebServer) -> None:
-    url = f"qcow2://disk.raw::{server.url('disk.qcow2')}"
+def test_chain_over_http(server: WebServer, url: str) -> None:
+    url = f"qcow2://disk.raw::{url}"
     with fsspec.open(url) as file:
         assert file.read(10) == CONTENTS[:10]
         assert {method for method, *_ in server.requests} == {"GET"}
@@ -261,13 +259,13 @@ def test_chain_over_http(server: WebServer) -> None:
     assert pickle.loads(pickle.dumps(fs)).cat(path) == CONTENTS
 
 
-def test_chain_over_a_chain(server: WebServer, path: Path) -> None:
+def test_chain_over_a_chain(url: str) -> None:
     fs = fsspec.filesystem("memory")
     fs.pipe("/folder/disk.qcow2", IMAGE)
     with fsspec.open("qcow2://disk.raw::memory://folder/disk.qcow2") as file:
         assert file.read() == CONTENTS
     fs.rm("/folder", recursive=True)
-    with fsspec.open(f"qcow2://disk.raw::simplecache::{server.url('disk.qcow2')}") as file:
+    with fsspec.open(f"qcow2://disk.raw::simplecache::{url}") as file:
         assert file.read() == CONTENTS
 
 

@@ -11,6 +11,10 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import pytest
+
+import fastqcow
+
 
 class WebServer(ThreadingHTTPServer):
     """Serves `files` by ranges.
@@ -121,3 +125,12 @@ def web_server() -> Iterator[WebServer]:
         for connection in server.connections:
             with suppress(OSError):  # its thread has closed it
                 connection.shutdown(socket.SHUT_RDWR)
+
+
+def refused(url: str, kind: type[Exception] = OSError) -> OSError:
+    """Opening the URL fails; the error."""
+    with pytest.raises(kind) as caught:
+        fastqcow.open(url)
+    assert isinstance(caught.value, OSError)
+    assert caught.value.filename == url
+    return caught.value
