@@ -33,7 +33,8 @@ def upstream(qemu: Qemu, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if done.returncode:
         pytest.skip(f"pip cannot download the source distribution of {wanted}")
     with tarfile.open(next(folder.glob("*.tar.gz"))) as sdist:
-        sdist.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # not in Python 3.11.2
+        sdist.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python 3.11.2 does not have
+        sdist.extractall(folder)
     (tests,) = folder.glob("*/tests")
     if not (tests / "disk" / "test_qcow2.py").exists():
         pytest.skip(f"the source distribution of {wanted} has no test_qcow2.py any more")
