@@ -12,10 +12,10 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 
 PACKAGES = """\
-  Debian, Ubuntu:  apt-get install gcc pkg-config zlib1g-dev libzstd-dev libdeflate-dev
-  Fedora, RHEL:    dnf install gcc pkgconf zlib-devel libzstd-devel libdeflate-devel
-  Alpine:          apk add gcc musl-dev pkgconf zlib-dev zstd-dev libdeflate-dev
-  macOS:           brew install pkgconf zlib zstd libdeflate
+  Debian, Ubuntu:  apt-get install gcc pkg-config zlib1g-dev libzstd-dev libdeflate-dev libisal-dev
+  Fedora, RHEL:    dnf install gcc pkgconf zlib-devel libzstd-devel libdeflate-devel isa-l-devel
+  Alpine:          apk add gcc musl-dev pkgconf zlib-dev zstd-dev libdeflate-dev isa-l-dev
+  macOS:           brew install pkgconf zlib zstd libdeflate isa-l
 """
 
 
@@ -29,29 +29,35 @@ def pkg_config(*arguments: str) -> list[str] | None:
 
 
 def libraries() -> list[str]:
-    """The pkg-config names to build with. FASTQCOW_LIBDEFLATE=no leaves libdeflate out, =yes fails without it."""
+    """The pkg-config names to build with. FASTQCOW_LIBDEFLATE=no leaves libdeflate out, =yes fails without it; FASTQCOW_ISAL likewise."""
     missing = [name for name in ("zlib", "libzstd") if pkg_config("--exists", name) is None]
-    wish = os.environ.get("FASTQCOW_LIBDEFLATE", "auto")
-    if wish not in ("auto", "yes", "no"):
-        sys.exit(f"fastqcow: FASTQCOW_LIBDEFLATE is {wish!r}; it can be auto, yes or no")
-    has_libdeflate = wish != "no" and pkg_config("--exists", "libdeflate") is not None
-    if wish == "yes" and not has_libdeflate:
-        missing.append("libdeflate")
+    optional = []
+    for variable, name in (("FASTQCOW_LIBDEFLATE", "libdeflate"), ("FASTQCOW_ISAL", "libisal")):
+        wish = os.environ.get(variable, "auto")
+        if wish not in ("auto", "yes", "no"):
+            sys.exit(f"fastqcow: {variable} is {wish!r}; it can be auto, yes or no")
+        if wish != "no" and pkg_config("--exists", name) is not None:
+            optional.append(name)
+        elif wish == "yes":
+            missing.append(name)
     if missing:
         sys.exit(f"fastqcow: pkg-config does not find {' and '.join(missing)}. Install the headers:\n{PACKAGES}")
-    return ["zlib", "libzstd"] + ["libdeflate"] * has_libdeflate
+    return ["zlib", "libzstd", *optional]
 
 
 def extensions() -> list[Extension]:
     names = libraries()
     include = [f[2:] for f in pkg_config("--cflags-only-I", *names) or []]
-    link = pkg_config("--libs", *names) or []
+    link = pkg_config("--libs", *(n for n in names if n != "libisal")) or []
+    isal = pkg_config("--libs", "libisal") or [] if "libisal" in names else []  # only what writes needs it
     flags = os.environ.get("CFLAGS", "").split()
     symbols = [] if any(f.startswith("-g") for f in flags) else ["-g0"]  # Python's own flags ask for them, at twice the size
     optimization = [] if any(f.startswith("-O") for f in flags) else ["-O2"]
-    macros: list[tuple[str, str | None]] = [("FQ_HAVE_LIBDEFLATE", "1")] if "libdeflate" in names else []
+    built_in = {"libdeflate": "FQ_HAVE_LIBDEFLATE", "libisal": "FQ_HAVE_ISAL"}
+    macros: list[tuple[str, str | None]] = [(macro, "1") for name, macro in built_in.items() if name in names]
+    reading = ["ahead", "batch", "cache", "crypt", "inflate", "l2", "pool", "pwrite", "reader", "scratch", "source", "status"]
 
-    def extension(name: str, core: list[str]) -> Extension:
+    def extension(name: str, core: list[str], libraries: list[str] = link) -> Extension:
         return Extension(
             f"fastqcow.{name}",
             sources=[f"src/fastqcow/{name}.pyx", *(f"csrc/{c}.c" for c in core)],
@@ -59,17 +65,15 @@ def extensions() -> list[Extension]:
             include_dirs=["csrc", *include],
             define_macros=macros,
             extra_compile_args=["-std=c11", "-pthread", *optimization, *symbols, "-fvisibility=hidden", "-Wall", "-Wextra"],
-            extra_link_args=[*link, "-pthread"],
+            extra_link_args=[*libraries, "-pthread"],
         )
 
     return [
         extension("_l2", ["layout", "status"]),
         extension("_inflate", ["inflate", "scratch", "status"]),
         extension("_check", ["check", "refcounts", "source", "status"]),
-        extension(
-            "_reader",
-            ["ahead", "batch", "cache", "crypt", "export", "inflate", "l2", "pool", "reader", "scratch", "source", "status"],
-        ),
+        extension("_reader", ["export", *reading]),
+        extension("_write", ["encode", "space", "write", *reading], [*link, *isal]),
     ]
 
 

@@ -14,9 +14,7 @@
 #include "internal.h"
 #include "layout.h"
 
-#include <errno.h>
 #include <fcntl.h>
-#include <string.h>
 #include <unistd.h>
 
 enum { ZEROES_NBYTES = 64 << 10 };
@@ -29,34 +27,13 @@ typedef struct export_to {
     atomic_bool cannot_punch, cannot_copy;
 } export_to;
 
-static bool is_zero(const uint8_t *p, size_t nbytes)
-{
-    const size_t head = nbytes < 16 ? nbytes : 16;
-
-    for (size_t i = 0; i < head; i++)
-        if (p[i])
-            return false;
-    return nbytes == head || memcmp(p, p + head, nbytes - head) == 0;
-}
-
 static fq_status write_at(export_to *to, const uint8_t *p, size_t nbytes, uint64_t off, fq_error *error)
 {
-    while (nbytes > 0) {
-        const ssize_t n = pwrite(to->target->fd, p, nbytes, (off_t)off);
+    size_t done;
+    const fq_status status = fq_pwrite(to->target->fd, p, nbytes, off, &done, error);
 
-        if (n < 0 && errno == EINTR)
-            continue;
-        if (n <= 0) {
-            fq_fail(error, FQ_ERR_WRITE, off, FQ_NOWHERE, FQ_NOWHERE);
-            error->sys_errno = n < 0 ? errno : EIO;
-            return FQ_ERR_WRITE;
-        }
-        p += n;
-        off += (uint64_t)n;
-        nbytes -= (size_t)n;
-        fq_count(&to->written, (uint64_t)n);
-    }
-    return FQ_OK;
+    fq_count(&to->written, done);
+    return status;
 }
 
 /* Make a range of the target read as zeroes: as a hole where it can have one and should, else by writing them. */
@@ -99,7 +76,7 @@ static fq_status write_sparse(fq_job *job, export_to *to, const uint8_t *p, uint
 
         if (n > nbytes - at)
             n = nbytes - at;
-        zero = n > 0 && is_zero(p + at, (size_t)n);
+        zero = n > 0 && fq_is_zero(p + at, (size_t)n);
         if (at > run && (n == 0 || zero != run_is_zero)) {
             const fq_status status = run_is_zero ? write_zeroes(job, to, off + run, at - run, error)
                                                  : write_at(to, p + run, (size_t)(at - run), off + run, error);

@@ -49,7 +49,8 @@
     X(FQ_ERR_INFLATED_LONG, "the compressed cluster inflates to more than a cluster")                         \
     X(FQ_ERR_BITMAP_ENTRY, "an entry of a bitmap's table is damaged")                                         \
     X(FQ_ERR_TOO_MANY_CLUSTERS, "the file has more clusters than can be counted")                             \
-    X(FQ_ERR_TOO_MANY_UNALIGNED, "there are more L2 tables that are not aligned than are worth a look")
+    X(FQ_ERR_TOO_MANY_UNALIGNED, "there are more L2 tables that are not aligned than are worth a look")       \
+    X(FQ_ERR_TOO_LARGE, "the image would be larger than its tables can tell; with larger clusters they tell more")
 
 typedef enum fq_status {
 #define FQ_ENUM(name, sentence) name,
@@ -276,6 +277,49 @@ typedef struct fq_target {
 /* Write the guest range to the same offsets of the target, by many threads. *written counts bytes of data written. */
 fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                     const fq_request *request, fq_error *error);
+
+/* ---- Writing (write.c, encode.c, space.c) */
+
+typedef enum fq_encoding {
+    FQ_ENCODING_NONE, /* clusters are stored as they are */
+    FQ_ENCODING_LIBZ, /* raw deflate with a window of 4 KiB, by libz: levels 1 to 9 */
+    FQ_ENCODING_ISAL, /* the same by ISA-L, where it is built in: levels 0 to 3 */
+    FQ_ENCODING_ZSTD, /* levels 1 to 19 */
+    FQ_ENCODING_COUNT
+} fq_encoding;
+
+/* "2.30" and such; NULL where it is not built in. */
+const char *fq_version_isal(void);
+
+typedef struct fq_write_options {
+    int fd;               /* written by position, from the second cluster on: the first is the header's, and the caller's */
+    fq_geometry geometry; /* of the image: its codec and external_data do not count */
+    uint32_t refcount_order;
+    fq_encoding encoding;
+    int level;
+    bool dense;           /* clusters of zeroes are stored as any others */
+    unsigned threads;     /* at most, the calling one included */
+    size_t tables_nbytes; /* so much of L2 tables, and of refcount blocks, is kept in memory, to lie side by side; 0: the usual */
+} fq_write_options;
+
+typedef struct fq_written {
+    uint64_t size;                    /* of the disk: the source's, in whole sectors of 512 bytes */
+    uint64_t nbytes;                  /* of the file */
+    uint64_t data_nbytes;             /* of it, those of clusters */
+    uint64_t compressed, plain, zero; /* clusters */
+    uint64_t l1_off, refcount_table_off;
+    uint32_t l1_entries, refcount_table_clusters;
+    bool in_backing; /* what failed is to read the backing file */
+} fq_written;
+
+/*
+ * Write a disk as the clusters and tables of a qcow2 image. What is written depends on the source's bytes and on the options but
+ * threads, on nothing else. With `backing`, the reader of the image's backing file, only clusters that differ from it are written.
+ * Without a reader the disk is what `stream`, a descriptor that need not seek, gives from where it is to its end. The options must
+ * be within the format's bounds (else FQ_ERR_ARGUMENT).
+ */
+fq_status fq_write(fq_reader *reader, int stream, fq_reader *backing, const fq_write_options *options, fq_written *written,
+                   const fq_request *request, fq_error *error);
 
 /* ---- Checks (check.c) */
 

@@ -253,6 +253,46 @@ void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nb
 void fq_job_poll(void *job);
 /* Work the job off with up to `threads` threads. */
 fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error);
+/* The same by a function of the caller's, which each thread runs once. */
+fq_status fq_job_run_by(fq_job *job, unsigned threads, void (*fn)(void *job, bool is_caller), fq_error *error);
+/* Stop the job with an error; of several, that at the lowest guest offset is the job's. */
+void fq_job_fail(fq_job *job, const fq_error *error);
+/* Wait until no other thread has its turn. The caller goes on polling. */
+void fq_job_take_turn(fq_job *job, bool is_caller);
+void fq_job_give_turn(fq_job *job, fq_status status);
+/* Read a part of a job's range: nothing is read ahead, and nobody is polled. */
+fq_status fq_reader_fill(fq_reader *reader, uint8_t *buf, size_t nbytes, uint64_t guest_off, unsigned threads,
+                         const fq_request *request, fq_error *error);
+
+/* ---- pwrite.c */
+
+bool fq_is_zero(const uint8_t *p, size_t nbytes);
+/* *done: how much was written, also where that failed. */
+fq_status fq_pwrite(int fd, const uint8_t *p, size_t nbytes, uint64_t off, size_t *done, fq_error *error);
+
+/* ---- encode.c: the state of one encoder, for one thread at a time */
+
+typedef struct fq_encoder fq_encoder;
+
+fq_status fq_encoder_new(fq_encoding encoding, int level, fq_encoder **out);
+void fq_encoder_free(fq_encoder *encoder);
+/* *out_nbytes is 0 where the stream would take more than `room`. What it is does not depend on what was encoded before. */
+fq_status fq_encoder_run(fq_encoder *encoder, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t room, size_t *out_nbytes);
+
+/* ---- space.c: who has which part of the file that is being written, by one thread */
+
+typedef struct fq_space fq_space;
+
+/* The first cluster is the header's. tables_nbytes: as of fq_write_options. NULL without memory. */
+fq_space *fq_space_new(int fd, const fq_geometry *geometry, uint32_t refcount_order, size_t tables_nbytes);
+void fq_space_free(fq_space *space);
+/* A place for the stream of a compressed cluster, packed behind the one before as far as refcounts allow. */
+fq_status fq_space_packed(fq_space *space, size_t nbytes, uint64_t *host_off, fq_error *error);
+fq_status fq_space_cluster(fq_space *space, uint64_t *host_off, fq_error *error);
+/* Set the L2 entry of a cluster of the disk; in the order of the disk. `bitmap` counts with extended entries only. */
+fq_status fq_space_map(fq_space *space, uint64_t cluster, uint64_t entry, uint64_t bitmap, fq_error *error);
+/* Write what is left of the tables; of the result, sets what is about them. */
+fq_status fq_space_finish(fq_space *space, uint64_t size, fq_written *written, fq_error *error);
 
 /* ---- ahead.c: clusters inflated before they are asked for */
 

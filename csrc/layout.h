@@ -34,6 +34,12 @@ static inline uint64_t fq_load_be64(const uint8_t *p)
            (uint64_t)p[5] << 16 | (uint64_t)p[6] << 8 | (uint64_t)p[7];
 }
 
+static inline void fq_store_be64(uint8_t *p, uint64_t value)
+{
+    for (int i = 0; i < 8; i++)
+        p[i] = (uint8_t)(value >> (56 - 8 * i));
+}
+
 static inline uint64_t fq_cluster_size(const fq_geometry *g)
 {
     return UINT64_C(1) << g->cluster_bits;
@@ -62,6 +68,16 @@ static inline void fq_decode_compressed(const fq_geometry *g, uint64_t entry, fq
     m->kind = FQ_COMPRESSED;
     m->host_off = entry & ((UINT64_C(1) << shift) - 1);
     m->in_nbytes = (uint32_t)((more_sectors + 1) * 512 - (m->host_off & 511));
+}
+
+/* The entry of a stream; 0 where it lies too far behind for an entry to say so. */
+static inline uint64_t fq_encode_compressed(const fq_geometry *g, uint64_t host_off, size_t in_nbytes)
+{
+    const unsigned shift = 62 - (g->cluster_bits - 8);
+
+    if (host_off >> shift)
+        return 0;
+    return FQ_L2_COMPRESSED | (((host_off & 511) + in_nbytes - 1) / 512) << shift | host_off;
 }
 
 /* `bitmap` and `sub` count for extended entries only. */

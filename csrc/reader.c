@@ -215,7 +215,7 @@ static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
     return FQ_OK;
 }
 
-static void fail_job(fq_job *job, const fq_error *error)
+void fq_job_fail(fq_job *job, const fq_error *error)
 {
     pthread_mutex_lock(&job->lock);
     if (job->error.status == FQ_OK || error->guest_off < job->error.guest_off)
@@ -251,12 +251,11 @@ void fq_job_poll(void *arg)
         const fq_error stopped = {.status = FQ_ERR_CANCELLED, .guest_off = FQ_NOWHERE, .host_off = FQ_NOWHERE, .value = FQ_NOWHERE};
 
         atomic_store(&job->cancelled, true);
-        fail_job(job, &stopped);
+        fq_job_fail(job, &stopped);
     }
 }
 
-/* Wait until no other thread plans and fetches. The caller goes on polling. */
-static void take_turn(fq_job *job, bool is_caller)
+void fq_job_take_turn(fq_job *job, bool is_caller)
 {
     pthread_mutex_lock(&job->lock);
     while (job->fetching) {
@@ -273,7 +272,7 @@ static void take_turn(fq_job *job, bool is_caller)
     pthread_mutex_unlock(&job->lock);
 }
 
-static void give_turn(fq_job *job, fq_status status)
+void fq_job_give_turn(fq_job *job, fq_status status)
 {
     if (status == FQ_ERR_SOURCE) { /* before the next one takes its turn: a source that failed is asked no more */
         atomic_store(&job->cancelled, true);
@@ -297,7 +296,7 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     fq_status status = FQ_OK;
 
     if (in_turn)
-        take_turn(job, b->by_caller);
+        fq_job_take_turn(job, b->by_caller);
     else
         pthread_mutex_lock(&job->lock);
     b->count = 0;
@@ -309,7 +308,7 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     if (!in_turn)
         pthread_mutex_unlock(&job->lock);
     else if (!ordered)
-        give_turn(job, status);
+        fq_job_give_turn(job, status);
 
     if (b->count > 0 && job->write && way_of(job, &b->runs[0]) == WAY_COPY)
         copied = job->copy(job, b);
@@ -323,7 +322,7 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     if (fetched && status == FQ_OK)
         status = fq_batch_fetch(job, b, scratch, dest, &error);
     if (ordered)
-        give_turn(job, status);
+        fq_job_give_turn(job, status);
 
     if (fetched && status == FQ_OK)
         status = fq_batch_inflate(job, b, scratch, dest, &error);
@@ -331,7 +330,7 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     if (status == FQ_OK && job->write && b->count > 0 && !copied)
         status = job->write(job, b->guest_off, buffer.base, b->nbytes, &error);
     if (status != FQ_OK)
-        fail_job(job, &error);
+        fq_job_fail(job, &error);
     atomic_fetch_add(&job->done_nbytes, b->nbytes);
     return b->count > 0;
 }
@@ -346,7 +345,7 @@ static void work(void *arg, bool is_caller)
     if (!scratch) {
         const fq_error error = {.status = FQ_ERR_NOMEM, .guest_off = FQ_NOWHERE, .host_off = FQ_NOWHERE, .value = FQ_NOWHERE};
 
-        fail_job(job, &error);
+        fq_job_fail(job, &error);
         return;
     }
     while (!atomic_load(&job->stop) && work_once(job, scratch, &b))
@@ -357,8 +356,13 @@ static void work(void *arg, bool is_caller)
 
 fq_status fq_job_run(fq_job *job, unsigned threads, fq_error *error)
 {
+    return fq_job_run_by(job, threads, work, error);
+}
+
+fq_status fq_job_run_by(fq_job *job, unsigned threads, void (*fn)(void *job, bool is_caller), fq_error *error)
+{
     job->threads = threads;
-    fq_pool_run(threads > 1 ? threads - 1 : 0, work, fq_job_poll, job);
+    fq_pool_run(threads > 1 ? threads - 1 : 0, fn, fq_job_poll, job);
     pthread_mutex_destroy(&job->lock);
     pthread_cond_destroy(&job->turn);
     if (job->error.status != FQ_OK)
@@ -434,4 +438,17 @@ fq_status fq_reader_preadv(fq_reader *r, const fq_iovec *iov, size_t niov, uint6
             fq_ahead_learn(r, job.compressed);
     }
     return status;
+}
+
+fq_status fq_reader_fill(fq_reader *r, uint8_t *buf, size_t nbytes, uint64_t guest_off, unsigned threads, const fq_request *request,
+                         fq_error *error)
+{
+    const fq_request quiet = {.user = request ? request->user : NULL};
+    const fq_iovec iov = {buf, nbytes, 0};
+    const fq_dest dest = {&iov, 1, guest_off};
+    fq_job job;
+
+    fq_job_init(&job, r, guest_off, nbytes, &quiet);
+    job.dest = &dest;
+    return fq_job_run(&job, threads, error);
 }

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fastqcow.clusters import Engines, Kind, L2Table, build_info, inflate, inflate_into, parse_l2
     from fastqcow.comparison import Difference, checksum, compare
     from fastqcow.conversion import Conversion, convert
+    from fastqcow.creation import Qcow2Options, RawStream
 
 __version__ = "0.1.0"
 
@@ -40,7 +41,9 @@ __all__ = [
     "L2Table",
     "PasswordError",
     "PolicyError",
+    "Qcow2Options",
     "Range",
+    "RawStream",
     "Snapshot",
     "SnapshotEntry",
     "UnsupportedError",
@@ -63,6 +66,7 @@ _LATER = {
     "clusters": ("Engines", "Kind", "L2Table", "build_info", "inflate", "inflate_into", "parse_l2"),
     "comparison": ("Difference", "checksum", "compare"),
     "conversion": ("Conversion", "convert"),
+    "creation": ("Qcow2Options", "RawStream"),
 }
 
 

@@ -19,6 +19,7 @@ cdef extern from "fastqcow.h" nogil:
         FQ_ERR_WRITE
         FQ_ERR_SOURCE
         FQ_ERR_CANCELLED
+        FQ_ERR_TOO_LARGE
         FQ_STATUS_COUNT
 
     const char *fq_status_sentence(fq_status status)
@@ -169,6 +170,40 @@ cdef extern from "fastqcow.h" nogil:
 
     fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                         const fq_request *request, fq_error *error)
+
+    ctypedef enum fq_encoding:
+        FQ_ENCODING_NONE
+        FQ_ENCODING_LIBZ
+        FQ_ENCODING_ISAL
+        FQ_ENCODING_ZSTD
+
+    const char *fq_version_isal()
+
+    ctypedef struct fq_write_options:
+        int fd
+        fq_geometry geometry
+        uint32_t refcount_order
+        fq_encoding encoding
+        int level
+        bint dense
+        unsigned threads
+        size_t tables_nbytes
+
+    ctypedef struct fq_written:
+        uint64_t size
+        uint64_t nbytes
+        uint64_t data_nbytes
+        uint64_t compressed
+        uint64_t plain
+        uint64_t zero
+        uint64_t l1_off
+        uint64_t refcount_table_off
+        uint32_t l1_entries
+        uint32_t refcount_table_clusters
+        bint in_backing
+
+    fq_status fq_write(fq_reader *reader, int stream, fq_reader *backing, const fq_write_options *options, fq_written *written,
+                       const fq_request *request, fq_error *error)
 
     ctypedef enum fq_severity:
         FQ_CORRUPTION

@@ -2,7 +2,7 @@
 
 from libc.stddef cimport ptrdiff_t
 
-from fastqcow._core cimport fq_error, fq_range, fq_request, fq_source, fq_status, uint8_t, uint64_t
+from fastqcow._core cimport fq_crypt, fq_error, fq_iovec, fq_range, fq_reader, fq_request, fq_source, fq_status, uint8_t, uint64_t
 
 
 cdef class Request:
@@ -21,6 +21,27 @@ cdef class Source:
 
     cdef ptrdiff_t read_file(self, uint8_t *buf, size_t nbytes, uint64_t host_off) except -1
     cdef int read_ranges(self, fq_range *ranges, size_t count, Request request) except -1
+
+
+cdef class Crypt:
+    cdef fq_crypt c
+    cdef dict ciphers
+
+
+cdef class Reader:
+    cdef fq_reader *c
+    cdef readonly Source source
+    cdef readonly Source data
+    cdef readonly Reader backing
+    cdef Crypt crypt
+    cdef readonly uint64_t size
+    cdef readonly unsigned threads
+    cdef list paths
+    cdef bint calls_python
+
+    @staticmethod
+    cdef Reader create(Source source, Source data, Reader backing, uint64_t size)
+    cdef int read(self, const fq_iovec *iov, size_t niov, uint64_t guest_off, size_t nbytes) except -1
 
 
 cdef void note(Request request, exception) noexcept

@@ -129,7 +129,7 @@ cdef int check(fq_status status, const fq_error *error, Request request, list pa
         name = "os"
     elif status == _core.FQ_ERR_NOMEM:
         name = "memory"
-    elif status == _core.FQ_ERR_ARGUMENT:
+    elif status == _core.FQ_ERR_ARGUMENT or status == _core.FQ_ERR_TOO_LARGE:
         name = "argument"
     else:
         name = "format"
@@ -275,9 +275,6 @@ cdef class Crypt:
     vector_keys: encrypts with the key of ESSIV.
     """
 
-    cdef fq_crypt c
-    cdef dict ciphers
-
     def __init__(self, str mode, str vectors, uint32_t block_nbytes, *, bint by_guest_off, data, counters, tweaks, vector_keys):
         modes = {"ecb": _core.FQ_MODE_ECB, "cbc": _core.FQ_MODE_CBC, "ctr": _core.FQ_MODE_CTR, "xts": _core.FQ_MODE_XTS}
         ivs = {"plain": _core.FQ_IV_PLAIN, "plain64": _core.FQ_IV_PLAIN64, "essiv": _core.FQ_IV_ESSIV}
@@ -318,15 +315,6 @@ cdef class Crypt:
 cdef class Reader:
     """One layer of an image, with those below it: guest bytes by position."""
 
-    cdef fq_reader *c
-    cdef readonly Source source
-    cdef readonly Source data
-    cdef readonly Reader backing
-    cdef Crypt crypt
-    cdef readonly uint64_t size
-    cdef list paths
-    cdef bint calls_python
-
     def __init__(self):
         raise TypeError("a Reader is made by raw or qcow2")
 
@@ -356,7 +344,7 @@ cdef class Reader:
 
         memset(&options, 0, sizeof(options))
         options.size = self.size
-        options.threads = threads
+        options.threads = self.threads = threads
         options.largest_cluster = largest_cluster
         options.cluster_cache_nbytes = cluster_cache_nbytes
         options.table_cache_nbytes = table_cache_nbytes
@@ -403,7 +391,7 @@ cdef class Reader:
         options.size = size
         options.l1_off = l1_off
         options.l1_entries = l1_entries
-        options.threads = threads
+        options.threads = self.threads = threads
         options.largest_cluster = largest_cluster
         options.cluster_cache_nbytes = cluster_cache_nbytes
         options.table_cache_nbytes = table_cache_nbytes

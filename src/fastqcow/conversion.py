@@ -8,12 +8,14 @@ nothing is synchronised.) A target that cannot be replaced (a block device), or 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, Unpack
 
+from fastqcow.cpus import available_cpus
 from fastqcow.diskfile import DiskFile
 from fastqcow.image import VmState
 from fastqcow.image import open as open_image
@@ -21,6 +23,7 @@ from fastqcow.image import open as open_image
 if TYPE_CHECKING:
     from fastqcow._reader import Reader
     from fastqcow._types import BinaryFile, Path
+    from fastqcow.creation import Qcow2Options, RawStream
 
 __all__ = ["Conversion", "convert", "refuse_source"]
 
@@ -40,42 +43,60 @@ class Conversion(NamedTuple):
 
 
 def convert(
-    src: Path | BinaryFile | DiskFile,
+    src: Path | BinaryFile | DiskFile | RawStream,
     dst: Path,
     *,
     format: str = "raw",  # noqa: A002 - the word everybody uses
+    compress: bool = False,
     sparse_size: int = SPARSE_SIZE,
     preallocation: Preallocation = "off",
     copy_offload: bool = False,
     in_place: bool = False,
     threads: int | None = None,
     progress: Callable[[int, int], object] | None = None,
+    **options: Unpack[Qcow2Options],
 ) -> Conversion:
-    """Write the contents of an image to a raw file or a block device.
+    """Write the contents of an image to a raw or qcow2 file, or to a block device.
 
     Args:
-        src: an open image, a snapshot, or a raw image of `fastqcow.open_raw`; or what `fastqcow.open` takes: no format is guessed.
+        src: an open image, a snapshot, or a raw image of `fastqcow.open_raw`; or what `fastqcow.open` takes: no format is guessed. To
+            qcow2 also a `fastqcow.RawStream`.
         dst: the path to write. An existing file is replaced when everything is written; a block device is written in place.
-        format: "raw".
-        sparse_size: runs of zeroes of so many bytes (a multiple of 512) become holes; 0 allocates the whole target.
+        format: "raw" or "qcow2".
+        compress: the clusters of a qcow2 image, each that gets smaller by it.
+        options: of a qcow2 image, see `fastqcow.Qcow2Options`. The same disk and options make the same file, byte for byte, on any
+            number of threads.
+        sparse_size: runs of zeroes of so many bytes (a multiple of 512) become holes; 0 allocates the whole target. In a qcow2 image
+            it is clusters of zeroes that are left out, whatever the number, and with 0 none is.
         preallocation: of the target's space, as for QEMU: "off"; "falloc" reserves all of it; "full" also writes all of it.
         copy_offload: plain clusters are copied by the kernel where it can (at no cost, where the file system shares blocks between
             files), and not searched for zeroes.
         in_place: write into the existing target, which must be large enough, and leave its length as it is.
         threads: as for `fastqcow.open`; for an open image its own number counts.
-        progress: called some 20 times a second and at the end with (bytes done, bytes in all).
+        progress: called some 20 times a second and at the end with (bytes done, bytes in all); of a stream, how many there are in all
+            is known at the end only, and is 0 until then.
 
     Raises:
         FormatError, OSError and so on: as `fastqcow.open`, `Image.pread` and writing to a file do. The target then is what it was,
             unless it was being written in place.
         ValueError: an argument that makes no sense.
     """
-    if format != "raw":
-        raise ValueError(f"the output format is {format!r}; it can be 'raw'")
+    if format not in ("raw", "qcow2"):
+        raise ValueError(f"the output format is {format!r}; it can be 'raw' or 'qcow2'")
     if sparse_size < 0 or sparse_size % 512:
         raise ValueError(f"sparse_size is {sparse_size}; it is a multiple of 512 bytes, or 0")
     if preallocation not in ("off", "falloc", "full"):
         raise ValueError(f"preallocation is {preallocation!r}; it can be 'off', 'falloc' or 'full'")
+    if format == "qcow2":
+        for name, given in (("preallocation", preallocation != "off"), ("copy_offload", copy_offload), ("in_place", in_place)):
+            if given:
+                raise ValueError(f"{name} is for raw targets; a qcow2 image is always written anew, and grows as it is written")
+        return _to_qcow2(src, dst, options, compress, sparse_size == 0, threads, progress)
+    if compress or options:
+        name = "compress" if compress else next(iter(options))
+        raise ValueError(f"{name} is for qcow2 targets; with format='qcow2' there is one")
+    if not isinstance(src, DiskFile) and hasattr(src, "fd"):
+        raise ValueError("a stream can be written to a qcow2 image only")
     if preallocation == "full":
         sparse_size = 0
     target = os.path.realpath(os.fsdecode(dst))
@@ -83,11 +104,7 @@ def convert(
         raise ValueError(f"{target}: this target is written in place, and its space cannot be preallocated")
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
-        # A machine's state is not a disk, but a file like any other.
-        if isinstance(src, DiskFile) and not isinstance(src, VmState):
-            image = src
-        else:
-            image = stack.enter_context(open_image(src, threads=threads))
+        image = _opened(src, threads, stack)
         reader = image._open_reader()
         if os.path.exists(target):
             refuse_source(reader, target)
@@ -109,6 +126,80 @@ def convert(
         report(image.size)
         inflated = reader.stats()["clusters_inflated"] - inflated_before
         return Conversion(image.name, os.fsdecode(dst), image.size, written, inflated, time.perf_counter() - started)
+
+
+def _opened(src: Path | BinaryFile | DiskFile, threads: int | None, stack: contextlib.ExitStack) -> DiskFile:
+    # A machine's state is not a disk, but a file like any other.
+    if isinstance(src, DiskFile) and not isinstance(src, VmState):
+        return src
+    return stack.enter_context(open_image(src, threads=threads))
+
+
+def _to_qcow2(
+    src: Path | BinaryFile | DiskFile | RawStream,
+    dst: Path,
+    options: Qcow2Options,
+    compress: bool,
+    dense: bool,
+    threads: int | None,
+    progress: Callable[[int, int], object] | None,
+) -> Conversion:
+    """The header is written last: what lies under a device's name until then is no image."""
+    from fastqcow import _write
+    from fastqcow.creation import RawStream, check_header, header_of, make_plan, open_backing_of
+
+    plan = make_plan(options, compress=compress)
+    check_header(plan)
+    started = time.perf_counter()
+    target = os.path.realpath(os.fsdecode(dst))
+    with contextlib.ExitStack() as stack:
+        reader = backing = None
+        if isinstance(src, RawStream):
+            name, size, stream = src.name, 0, src.fd
+        else:
+            image = _opened(src, threads, stack)
+            reader, name, size, stream = image._open_reader(), image.name, image.size, -1
+            if size > plan.size_max:
+                raise ValueError(f"the disk has {size} bytes; with these clusters an image can have {plan.size_max}")
+        threads = reader.threads if reader else threads or available_cpus()
+        if plan.backing_file is not None:
+            backing = stack.enter_context(open_backing_of(os.fsdecode(dst), plan, threads))._open_reader()
+        for each in (reader, backing):
+            if each and os.path.exists(target):
+                refuse_source(each, target)
+        inflated_before = reader.stats()["clusters_inflated"] if reader else 0
+        fd, is_new = stack.enter_context(_in_place(target, 0) if _keep(target, False) else _replaced(target))
+        if not is_new:
+            _put(fd, bytes(512), target)
+
+        def report(done: int) -> None:
+            if progress is not None:
+                progress(done, size)
+
+        written = _write.write(
+            *(reader, stream, name, backing, fd, target, report if progress is not None else None),
+            version=plan.version,
+            cluster_bits=plan.cluster_bits,
+            extended_l2=plan.extended_l2,
+            refcount_order=plan.refcount_order,
+            encoding=plan.encoding,
+            level=plan.level,
+            dense=dense,
+            threads=threads,
+            tables_nbytes=0,
+        )
+        _put(fd, header_of(plan, written), target)
+        size = size or written["size"]
+        report(size)
+        inflated = reader.stats()["clusters_inflated"] - inflated_before if reader else 0
+        return Conversion(name, os.fsdecode(dst), size, written["data_nbytes"], inflated, time.perf_counter() - started)
+
+
+def _put(fd: int, data: bytes, target: str) -> None:
+    """Write to the start of the target."""
+    with _naming(target):
+        if os.pwrite(fd, data, 0) != len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def refuse_source(reader: Reader, target: str) -> None:

@@ -1,0 +1,43 @@
+from collections.abc import Callable
+from typing import TypedDict
+
+from fastqcow._reader import Reader
+
+NONE: int
+LIBZ: int
+ISAL: int
+ZSTD: int
+
+class Written(TypedDict):
+    size: int
+    nbytes: int
+    data_nbytes: int
+    compressed: int
+    plain: int
+    zero: int
+    l1_off: int
+    refcount_table_off: int
+    l1_entries: int
+    refcount_table_clusters: int
+    in_backing: bool
+
+def write(
+    reader: Reader | None,
+    stream: int,
+    stream_path: str,
+    backing: Reader | None,
+    fd: int,
+    path: str,
+    progress: Callable[[int], object] | None,
+    *,
+    version: int,
+    cluster_bits: int,
+    extended_l2: bool,
+    refcount_order: int,
+    encoding: int,
+    level: int,
+    dense: bool,
+    threads: int,
+    tables_nbytes: int,
+) -> Written: ...
+def isal_version() -> str | None: ...
