@@ -29,7 +29,7 @@ def pkg_config(*arguments: str) -> list[str] | None:
 
 
 def libraries() -> list[str]:
-    """The pkg-config names to build with. FASTQCOW_LIBDEFLATE=no leaves libdeflate out, =yes fails without it; FASTQCOW_ISAL likewise."""
+    """The pkg-config names to build with. FASTQCOW_LIBDEFLATE=no leaves libdeflate out, =yes fails without it; so FASTQCOW_ISAL."""
     missing = [name for name in ("zlib", "libzstd") if pkg_config("--exists", name) is None]
     optional = []
     for variable, name in (("FASTQCOW_LIBDEFLATE", "libdeflate"), ("FASTQCOW_ISAL", "libisal")):

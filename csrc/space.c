@@ -333,7 +333,8 @@ static fq_status finish_refcounts(fq_space *s, fq_written *written, fq_error *er
 fq_status fq_space_finish(fq_space *s, uint64_t size, fq_written *written, fq_error *error)
 {
     const unsigned covers_bits = s->cluster_bits + s->l2_bits;
-    const uint64_t entries = (size >> covers_bits) + ((size & ((UINT64_C(1) << covers_bits) - 1)) != 0);
+    const uint64_t needed = (size >> covers_bits) + ((size & ((UINT64_C(1) << covers_bits) - 1)) != 0);
+    const uint64_t entries = needed ? needed : 1; /* of a table of none, a check does not know what it is */
     const uint64_t l1_clusters = (entries * 8 + (UINT64_C(1) << s->cluster_bits) - 1) >> s->cluster_bits;
     const size_t l1_room = (size_t)(l1_clusters << s->cluster_bits) / 8;
     uint64_t off;
@@ -342,15 +343,14 @@ fq_status fq_space_finish(fq_space *s, uint64_t size, fq_written *written, fq_er
     if (entries > L1_ENTRIES_MAX)
         return too_large(error);
     s->open = 0;
-    /* An empty disk has a table of no entries, which has to lie somewhere all the same. */
-    status = take(s, (l1_clusters ? l1_clusters : 1) + s->tables_count, &off, error);
+    status = take(s, l1_clusters + s->tables_count, &off, error);
     if (status != FQ_OK)
         return status;
     written->l1_off = off;
     written->l1_entries = (uint32_t)entries;
     if (s->tables_count > 0)
-        status = write_tables(s, off + ((l1_clusters ? l1_clusters : 1) << s->cluster_bits), error);
-    if (status == FQ_OK && !grow(&s->l1, &s->l1_capacity, l1_room ? l1_room : 1, sizeof(*s->l1)))
+        status = write_tables(s, off + (l1_clusters << s->cluster_bits), error);
+    if (status == FQ_OK && !grow(&s->l1, &s->l1_capacity, l1_room, sizeof(*s->l1)))
         return no_memory(error);
     for (size_t i = 0; i < l1_room; i++)
         fq_store_be64((uint8_t *)&s->l1[i], s->l1[i]);

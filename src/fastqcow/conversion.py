@@ -59,22 +59,22 @@ def convert(
     """Write the contents of an image to a raw or qcow2 file, or to a block device.
 
     Args:
-        src: an open image, a snapshot, or a raw image of `fastqcow.open_raw`; or what `fastqcow.open` takes: no format is guessed. To
-            qcow2 also a `fastqcow.RawStream`.
+        src: an open image, a snapshot, or a raw image of `fastqcow.open_raw`; or what `fastqcow.open` takes: no format is guessed.
+            To qcow2 also a `fastqcow.RawStream`.
         dst: the path to write. An existing file is replaced when everything is written; a block device is written in place.
         format: "raw" or "qcow2".
         compress: the clusters of a qcow2 image, each that gets smaller by it.
         options: of a qcow2 image, see `fastqcow.Qcow2Options`. The same disk and options make the same file, byte for byte, on any
             number of threads.
-        sparse_size: runs of zeroes of so many bytes (a multiple of 512) become holes; 0 allocates the whole target. In a qcow2 image
-            it is clusters of zeroes that are left out, whatever the number, and with 0 none is.
+        sparse_size: runs of zeroes of so many bytes (a multiple of 512) become holes; 0 allocates the whole target. In a qcow2
+            image it is clusters of zeroes that are left out, whatever the number, and with 0 none is.
         preallocation: of the target's space, as for QEMU: "off"; "falloc" reserves all of it; "full" also writes all of it.
         copy_offload: plain clusters are copied by the kernel where it can (at no cost, where the file system shares blocks between
             files), and not searched for zeroes.
         in_place: write into the existing target, which must be large enough, and leave its length as it is.
         threads: as for `fastqcow.open`; for an open image its own number counts.
-        progress: called some 20 times a second and at the end with (bytes done, bytes in all); of a stream, how many there are in all
-            is known at the end only, and is 0 until then.
+        progress: called some 20 times a second and at the end with (bytes done, bytes in all); of a stream, how many there are in
+            all is known at the end only, and is 0 until then.
 
     Raises:
         FormatError, OSError and so on: as `fastqcow.open`, `Image.pread` and writing to a file do. The target then is what it was,

@@ -41,7 +41,7 @@ class Qcow2Options(TypedDict, total=False):
     cluster_size: bytes, a power of two from 512 to 2 MiB; 64 KiB by default.
     compat: "1.1" for version 3 of the format (the default), "0.10" for version 2.
     compression_type: "zlib" (the default) or "zstd", which is of version 3.
-    compression_level: 1 to 9 for zlib (6), 1 to 19 for zstd (3); or "fast": ISA-L's encoder for zlib (see `build_info`), 1 for zstd.
+    compression_level: 1 to 9 for zlib (6), 1 to 19 for zstd (3); or "fast": by ISA-L for zlib, if that is built in, and 1 for zstd.
     refcount_bits: 1, 2, 4, ... 64; 16 by default.
     extended_l2: entries with 32 subclusters; for clusters of 16 KiB and more, in version 3.
     backing_file: its name, as it is to stand in the image: a path that counts from the image's directory. What does not differ from
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 class RawStream:
     """The bytes of a raw disk as they come from a pipe, once and in order: a source for `convert` to qcow2.
 
-    file: an open binary file with a descriptor, which stays the caller's; what has been read from it before is not part of the disk.
+    file: an open binary file with a descriptor, which stays the caller's; what was read from it before is not part of the disk.
     """
 
     def __init__(self, file: object) -> None:
@@ -164,7 +164,9 @@ def open_backing_of(target: str, plan: Plan, threads: int) -> DiskFile:
     if scheme_of(plan.backing_file) or not plan.backing_file:
         raise ValueError(f"backing_file is {plan.backing_file!r}; it has to be a plain path")
     path = os.path.join(os.path.dirname(target), plan.backing_file)
-    return open_image(path, threads=threads) if plan.backing_format == "qcow2" else open_raw(path, whole_sectors=True, threads=threads)
+    return (
+        open_image(path, threads=threads) if plan.backing_format == "qcow2" else open_raw(path, whole_sectors=True, threads=threads)
+    )
 
 
 def header_of(plan: Plan, written: _write.Written) -> bytes:

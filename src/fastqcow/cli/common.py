@@ -174,7 +174,7 @@ def bar(wanted: bool) -> Iterator[Callable[[int, int], object] | None]:
     with tqdm(unit="B", unit_scale=True, unit_divisor=1024) as drawn:
 
         def report(done: int, total: int) -> None:
-            drawn.total = total
+            drawn.total = total or None
             drawn.update(done - drawn.n)
 
         yield report
