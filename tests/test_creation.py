@@ -377,7 +377,11 @@ def test_refused_by_name(raw: Path, out: Path, options: dict[str, Any], says: st
     ids=str,
 )
 def test_refused_by_the_command(raw: Path, out: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["convert", "-f", "raw", *arguments, str(raw), str(out)]) == 1
+    try:
+        code = main(["convert", "-f", "raw", *arguments, str(raw), str(out)])
+    except SystemExit as e:  # as argparse ends
+        code = int(str(e.code))
+    assert code == 1
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1

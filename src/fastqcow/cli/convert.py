@@ -87,7 +87,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("-W", action="store_true", help="accepted for qemu-img's sake: writes are never in order")
     add_output(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, refuse=parser.error)
 
 
 def _split(text: str) -> Iterator[tuple[str, str]]:
@@ -107,7 +107,7 @@ def _target_options(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in (each for text in arguments.options for each in _split(text)):
         if name not in known:
-            raise ValueError(f"{name!r} is not an option of the format {arguments.target_format}; {', '.join(known)} are")
+            raise ValueError(f"{name!r} is not an option of the format {arguments.target_format}; it has {', '.join(known)}")
         to, read = known[name]
         try:
             found[to] = read(value)
@@ -179,7 +179,10 @@ def _standard_input(arguments: argparse.Namespace) -> Iterator[DiskFile | RawStr
 def run(arguments: argparse.Namespace) -> int:
     if arguments.copy_offload and arguments.sparse_size is not None:
         raise ValueError("-C does not look for zeroes, so it cannot be used with -S")
-    options = _target_options(arguments)
+    try:
+        options = _target_options(arguments)
+    except ValueError as e:
+        arguments.refuse(str(e))
     with _source(arguments) as disk, bar(arguments.progress) as report:
         done = convert(
             disk,
