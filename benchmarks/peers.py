@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
+
+import zstandard
 
 import fastqcow
 
@@ -82,3 +85,21 @@ class Streams:
             return lambda: inflate(streams)
         shares, pool = [streams[i::threads] for i in range(threads)], ThreadPoolExecutor(threads)
         return lambda: list(pool.map(inflate, shares))
+
+    def inflate_by_python(self, clusters: list[int]) -> tuple[str, Callable[[], object]]:
+        """The same by one thread in Python, by what everybody has: its module zlib, or the package zstandard."""
+        streams = [self.by_cluster[cluster] for cluster in clusters if cluster in self.by_cluster]
+        if self.method == "zlib":
+
+            def inflate() -> None:
+                for stream in streams:
+                    zlib.decompressobj(-15).decompress(stream, self.cluster_size)
+
+            return "module zlib, 1 thread", inflate
+        decoder = zstandard.ZstdDecompressor()
+
+        def decompress() -> None:
+            for stream in streams:
+                decoder.decompressobj().decompress(stream)
+
+        return "package zstandard, 1 thread", decompress

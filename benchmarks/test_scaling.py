@@ -30,7 +30,8 @@ def most_threads_first(call: Callable[[int], Callable[[], object]]) -> dict[str,
 
 
 def test_read_into_memory(alternating: Alternating, image: Path) -> None:
-    """By preadv of 4 MiB into one buffer, where data is; and, the limit, fastqcow.inflate_into on the streams in memory."""
+    """By preadv of 4 MiB into one buffer, where data is; and on the streams in memory, fastqcow.inflate_into (the limit), and what
+    Python has."""
     buffer = bytearray(PIECE)
 
     def read(threads: int) -> Callable[[], object]:
@@ -46,7 +47,9 @@ def test_read_into_memory(alternating: Alternating, image: Path) -> None:
 
     peers = most_threads_first(read)
     streams = Streams(image)
-    peers[f"limit, {threads_text(THREADS[-1])}"] = streams.inflate(sorted(streams.by_cluster), THREADS[-1])
+    clusters = sorted(streams.by_cluster)
+    peers[f"limit, {threads_text(THREADS[-1])}"] = streams.inflate(clusters, THREADS[-1])
+    name, peers[name] = streams.inflate_by_python(clusters)
     alternating(peers)
 
 
