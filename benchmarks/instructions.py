@@ -5,8 +5,8 @@
 
 A machine that is busy with other things does not change these counts, so a slowdown of a few per cent is seen where no clock would
 show it. What is counted is what our modules do themselves, on one thread: not the codecs, nor libc's memcpy, nor Python. Compilers
-differ, so figures are only compared with those that were counted with the same one and the same flags, of which instructions.json has
-several sets; with others the counts are printed, and that is all.
+differ, so figures are only compared with those that were counted with the same one and the same flags, of which instructions.json
+has several sets; with others the counts are printed, and that is all.
 """
 
 from __future__ import annotations
@@ -207,7 +207,7 @@ def main() -> int:
         others = [each for each in sets if each["counted with"] != counted]
         sets = [*others, {"counted with": counted, "instructions": found}]
         FIGURES.write_text(json.dumps(sets, indent=4) + "\n")
-    committed = next((each["instructions"] for each in sets if each["counted with"] == counted), {})
+    committed: dict[str, int] = next((each["instructions"] for each in sets if each["counted with"] == counted), {})
     worse = []
     for name, instructions in found.items():
         ratio = instructions / committed.get(name, instructions)
