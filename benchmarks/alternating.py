@@ -74,6 +74,9 @@ def large_raw() -> Path:
     path = LARGE / "disk.raw"
     if path.exists():
         return path
+    mkfs = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/sbin:/usr/sbin")
+    if mkfs is None:
+        pytest.skip("mkfs.ext4 is not installed")
     LARGE.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=LARGE) as folder:
         copied = 0
@@ -87,9 +90,6 @@ def large_raw() -> Path:
                     shutil.copyfile(file, to)
                     copied += file.stat().st_size
         part = path.with_suffix(".part")
-        mkfs = shutil.which("mkfs.ext4", path=f"{os.environ['PATH']}:/sbin:/usr/sbin")
-        if mkfs is None:
-            pytest.skip("mkfs.ext4 is not installed")
         subprocess.run([mkfs, "-q", "-d", folder, part, f"{2 * LARGE_NBYTES >> 10}k"], check=True)
     return part.rename(path)
 

@@ -18,6 +18,7 @@ from nbd_peers import missing, qemu_nbd_command, served
 
 from fastqcow.libnbd import Client
 from fastqcow.replay import read_trace
+from serving import has_nbdkit, need
 
 Command = Callable[[Path], list[str]]  # of the path of the socket
 CACHE_SIZE = "64M"  # as for test_boot.py
@@ -34,19 +35,13 @@ def fastqcow(image: Path) -> Command:
 
 @pytest.fixture(scope="module")
 def servers(zlib_image: Path, raw: Path) -> dict[str, Command]:
-    absent = missing("nbdkit", "nbdcopy", "qemu-nbd")
-    if absent:
+    if absent := missing():
         pytest.skip(absent)
-    if not answers("nbdkit", "--dump-plugin", "python"):
-        pytest.skip("nbdkit's Python plugin is not installed")
+    need("nbdcopy", "qemu-nbd")
     found = {"fastqcow": fastqcow(zlib_image), "qemu-nbd": qemu_nbd_command(zlib_image)}
-    if answers("nbdkit", "--dump-plugin", "--filter=qcow2dec", "null"):
+    if has_nbdkit("filter", "qcow2dec"):
         found["nbdkit qcow2dec"] = nbdkit("--filter=qcow2dec", "file", zlib_image)
     return {**found, "nbdkit, raw file": nbdkit("file", raw)}
-
-
-def answers(*command: str) -> bool:
-    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 @pytest.fixture(scope="module")

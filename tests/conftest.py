@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from images import mixed, noise, text
-from webserver import WebServer, web_server
+from webserver import IMAGE, WebServer, web_server
 
 
 class Qemu:
@@ -90,6 +90,13 @@ def ext4_image(qemu: Qemu, ext4_files: dict[str, bytes], tmp_path_factory: pytes
 def server() -> Iterator[WebServer]:
     with web_server() as server:
         yield server
+
+
+@pytest.fixture
+def url(server: WebServer) -> str:
+    """Of an image on that server: webserver.IMAGE."""
+    server.files["disk.qcow2"] = IMAGE
+    return server.url("disk.qcow2")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import struct
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ import pytest
 
 from images import PAYLOAD, build, compressed_entry, data_entry, deflate, extension, noise, patched, snapshot_entry, text
 
-module = pytest.importorskip("dissect.hypervisor.disk.qcow2")
-integration = pytest.importorskip("fastqcow.integrations.dissect")
+pytest.importorskip("dissect.hypervisor")
+module: Any = importlib.import_module("dissect.hypervisor.disk.qcow2")
+integration: Any = importlib.import_module("fastqcow.integrations.dissect")
 Error, InvalidHeaderError = module.Error, module.InvalidHeaderError
 
 NAMES = ("QCow2", "QCow2Stream", "QCow2Snapshot")

@@ -24,13 +24,22 @@ def need(*tools: str) -> None:
     absent = [tool for tool in ("nbdkit", *tools) if not shutil.which(tool)]
     if absent:
         pytest.skip(f"not installed: {', '.join(absent)}")
-    done = subprocess.run(["nbdkit", "--dump-plugin", "python"], capture_output=True, text=True, check=False)
-    said = dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-    if done.returncode:
+    if not has_nbdkit("plugin", "python"):
         pytest.skip("nbdkit's Python plugin is not installed")
+    said = nbdkit_says("--dump-plugin", "python")
     version = ".".join(map(str, sys.version_info[:2]))
     if not said["python_version"].startswith(f"{version}.") or (hasattr(sys, "_is_gil_enabled") and not sys._is_gil_enabled()):
         pytest.skip(f"nbdkit's plugin runs Python {said['python_version']}")
+
+
+def has_nbdkit(kind: str, name: str) -> bool:
+    """Whether a plugin or filter of nbdkit is installed. That it works is another thing: what does not is to fail."""
+    return Path(nbdkit_says("--dump-config")[f"{kind}dir"], f"nbdkit-{name}-{kind}.so").exists()
+
+
+def nbdkit_says(*arguments: str) -> dict[str, str]:
+    done = subprocess.run(["nbdkit", *arguments], capture_output=True, text=True, check=True)
+    return dict(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
 
 
 class Server:

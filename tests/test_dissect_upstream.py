@@ -31,6 +31,7 @@ def upstream(qemu: Qemu, tmp_path_factory: pytest.TempPathFactory) -> Path:
     line = ["-m", "pip", "download", "-q", "--no-deps", "--no-binary", "dissect.hypervisor", "--retries", "0", "--timeout", "10"]
     done = subprocess.run([sys.executable, *line, "-d", str(folder), wanted], capture_output=True, text=True, check=False)
     if done.returncode:
+        assert re.search("No matching distribution|Connection|Temporary failure|timed out", done.stderr), done.stderr
         pytest.skip(f"pip cannot download the source distribution of {wanted}")
     with tarfile.open(next(folder.glob("*.tar.gz"))) as sdist:
         sdist.extraction_filter = getattr(tarfile, "data_filter", None)  # which Python 3.11.2 does not have

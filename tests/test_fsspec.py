@@ -21,24 +21,13 @@ import pytest
 import fastqcow
 from conftest import Qemu
 from fastqcow.cli import main
-from images import PAYLOAD, build, data_entry, mixed, noise, patched, plain_and_compressed
-from webserver import WebServer
+from images import build, data_entry, mixed, noise, patched, plain_and_compressed
+from webserver import AT, CLUSTER, CONTENTS, IMAGE, WebServer
 
 pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
 
 from fastqcow.integrations.fsspec import BLOCK, CACHE_BLOCKS, PIECE, REQUESTS, RemoteFile, open_url
-
-CLUSTER = 65536
-AT = PAYLOAD * CLUSTER
-IMAGE, CONTENTS = plain_and_compressed()
-
-
-@pytest.fixture
-def url(server: WebServer) -> str:
-    server.files["disk.qcow2"] = IMAGE
-    return server.url("disk.qcow2")
-
 
 # What it costs
 

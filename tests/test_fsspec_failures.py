@@ -18,23 +18,12 @@ from typing import Any
 import pytest
 
 import fastqcow
-from images import PAYLOAD, plain_and_compressed
-from webserver import WebServer, refused
+from webserver import AT, CLUSTER, CONTENTS, IMAGE, WebServer, refused
 
 pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
 
 from fastqcow.integrations.fsspec import RemoteFile, open_url
-
-CLUSTER = 65536
-AT = PAYLOAD * CLUSTER
-IMAGE, CONTENTS = plain_and_compressed()
-
-
-@pytest.fixture
-def url(server: WebServer) -> str:
-    server.files["disk.qcow2"] = IMAGE
-    return server.url("disk.qcow2")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import pickle
@@ -14,8 +15,8 @@ from typing import Any
 import pytest
 
 import fastqcow
-from images import PAYLOAD, build, plain_and_compressed
-from webserver import WebServer, refused
+from images import build
+from webserver import CLUSTER, CONTENTS, IMAGE, WebServer, refused
 
 fsspec = pytest.importorskip("fsspec")
 pytest.importorskip("aiohttp")
@@ -23,16 +24,6 @@ pytest.importorskip("aiohttp")
 from fsspec.asyn import AsyncFileSystem  # noqa: E402
 
 from fastqcow.integrations.fsspec import REQUESTS, open_file  # noqa: E402
-
-CLUSTER = 65536
-AT = PAYLOAD * CLUSTER
-IMAGE, CONTENTS = plain_and_compressed()
-
-
-@pytest.fixture
-def url(server: WebServer) -> str:
-    server.files["disk.qcow2"] = IMAGE
-    return server.url("disk.qcow2")
 
 
 def test_memory() -> None:
@@ -174,7 +165,7 @@ def test_object_that_fails(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, answ
 
 def test_file_system_over_another_one(tmp_path: Path, bucket: Bucket) -> None:
     (tmp_path / "disk.qcow2").write_bytes(IMAGE)
-    directory = pytest.importorskip("fsspec.implementations.dirfs").DirFileSystem
+    directory = importlib.import_module("fsspec.implementations.dirfs").DirFileSystem
     bucket.objects["sub/disk.qcow2"] = IMAGE
     for fs in (directory(path=str(tmp_path), fs=fsspec.filesystem("file")), directory(path="sub", fs=bucket)):
         with open_file(fs, "disk.qcow2", "dir://disk.qcow2") as file, fastqcow.open(file) as image:

@@ -14,6 +14,11 @@ from typing import Any
 import pytest
 
 import fastqcow
+from images import PAYLOAD, plain_and_compressed
+
+CLUSTER = 65536
+AT = PAYLOAD * CLUSTER
+IMAGE, CONTENTS = plain_and_compressed()  # what the fixture `url` serves
 
 
 class WebServer(ThreadingHTTPServer):

@@ -116,58 +116,23 @@ def _os_error(e: Exception, url: str, host_off: int | None = None) -> OSError:
     return OSError(number, f"{said} (host offset {host_off:#x})" if host_off else said, url)  # at 0, the file is being opened
 
 
-class RemoteFile(io.RawIOBase):
-    """A file of an asynchronous file system of fsspec. Made by `open_url` or `open_file`, and read by `fastqcow.open`.
-
-    `read_ranges` may be called by many threads at once, and does not move the position, which `read` and `seek` share. It fetches
-    blocks of 128 KiB, up to four by one request, and keeps the last 16 MiB of them. Behind reads that continue one another it
-    fetches what comes next while these are being worked on, up to 4 MiB. Who asks for many ranges at once gets just these.
-
-    It pickles as its file system does, with the options that this was given. After a fork it goes on with a file system of its own.
+class _UrlFile(io.RawIOBase):
+    """What files at URLs have in common: a name, a length, a position, and their pickle.
 
     Attributes:
         url: what it is called in errors.
     """
 
+    _size: int
+
     def __init__(self, fs: Any, path: str, url: str) -> None:
         super().__init__()
         self.url = url
-        self._fs, self._path, self._pid = fs, path, os.getpid()
-        self._is_http = type(fs).__module__ == "fsspec.implementations.http"
-        self._lock = ForkSafeLock()
-        self._gate = asyncio.Semaphore(REQUESTS)
-        self._blocks: OrderedDict[int, _Block] = OrderedDict()  # the one that was used last is at the end
-        self._streams: list[_Stream] = []  # here, too
+        self._fs, self._path = fs, path
         self._position = 0
-        self._size = self._open_http() if self._is_http else self._ask_size()
-
-    def _open_http(self) -> int:
-        """The first block tells how long the file is. Not so HEAD, which servers may answer by other rules than GET."""
-        fs = self._fs
-        asked = asyncio.run_coroutine_threadsafe(self._get_by_http(fs, 0, BLOCK), fs.loop)
-        self._wait([asked], _never)
-        size, data = asked.result()
-        got: Future[list[bytes]] = Future()
-        got.set_result([data])
-        self._blocks[0] = got, 0
-        return size
-
-    def _ask_size(self) -> int:
-        try:
-            found = self._fs.info(self._path)
-        except Exception as e:
-            raise _os_error(e, self.url) from e
-        if found.get("type") == "directory":
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.url)
-        if not isinstance(found.get("size"), int):
-            raise OSError(errno.ESPIPE, "the server does not say how long the file is", self.url)
-        return int(found["size"])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RemoteFile, (self._fs, self._path, self.url)
-
-    def __repr__(self) -> str:
-        return f"<fastqcow.RemoteFile {self.url!r} size={self._size}>"
+        return type(self), (self._fs, self._path, self.url)
 
     @property
     def name(self) -> str:
@@ -194,17 +159,63 @@ class RemoteFile(io.RawIOBase):
         self._position = base + offset
         return self._position
 
-    def read(self, size: int | None = -1, /) -> bytes:
-        nbytes = self._size if size is None or size < 0 else size
-        (data,) = self.read_ranges([(self._position, nbytes)], _never)
-        self._position += len(data)
-        return data
-
     def readinto(self, buffer: Writable, /) -> int:
         view = memoryview(buffer).cast("B")
         data = self.read(len(view))
         view[: len(data)] = data
         return len(data)
+
+
+class RemoteFile(_UrlFile):
+    """A file of an asynchronous file system of fsspec. Made by `open_url` or `open_file`, and read by `fastqcow.open`.
+
+    `read_ranges` may be called by many threads at once, and does not move the position, which `read` and `seek` share. It fetches
+    blocks of 128 KiB, up to four by one request, and keeps the last 16 MiB of them. Behind reads that continue one another it
+    fetches what comes next while these are being worked on, up to 4 MiB. Who asks for many ranges at once gets just these.
+
+    It pickles as its file system does, with the options that this was given. After a fork it goes on with a file system of its own.
+    """
+
+    def __init__(self, fs: Any, path: str, url: str) -> None:
+        super().__init__(fs, path, url)
+        self._pid = os.getpid()
+        self._is_http = type(fs).__module__ == "fsspec.implementations.http"
+        self._lock = ForkSafeLock()
+        self._gate = asyncio.Semaphore(REQUESTS)
+        self._blocks: OrderedDict[int, _Block] = OrderedDict()  # the one that was used last is at the end
+        self._streams: list[_Stream] = []  # here, too
+        self._size = self._open_http() if self._is_http else self._ask_size()
+
+    def _open_http(self) -> int:
+        """The first block tells how long the file is. Not so HEAD, which servers may answer by other rules than GET."""
+        fs = self._fs
+        asked = asyncio.run_coroutine_threadsafe(self._get_by_http(fs, 0, BLOCK), fs.loop)
+        self._wait([asked], _never)
+        size, data = asked.result()
+        got: Future[list[bytes]] = Future()
+        got.set_result([data])
+        self._blocks[0] = got, 0
+        return size
+
+    def _ask_size(self) -> int:
+        try:
+            found = self._fs.info(self._path)
+        except Exception as e:
+            raise _os_error(e, self.url) from e
+        if found.get("type") == "directory":
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), self.url)
+        if not isinstance(found.get("size"), int):
+            raise OSError(errno.ESPIPE, "the server does not say how long the file is", self.url)
+        return int(found["size"])
+
+    def __repr__(self) -> str:
+        return f"<fastqcow.RemoteFile {self.url!r} size={self._size}>"
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        nbytes = self._size if size is None or size < 0 else size
+        (data,) = self.read_ranges([(self._position, nbytes)], _never)
+        self._position += len(data)
+        return data
 
     def read_ranges(self, ranges: Sequence[Range], stopped: Callable[[], bool]) -> list[bytes]:
         """The bytes of each (host offset, number of bytes), short only at the end of the file.
@@ -409,44 +420,18 @@ def _cancel(pieces: Iterable[Future[Any]]) -> None:
         piece.cancel()
 
 
-class StreamFile(io.RawIOBase):
+class StreamFile(_UrlFile):
     """A file of any other file system of fsspec, read by its own methods. Made by `open_url` or `open_file`.
 
     It pickles as its file system does, with the options that this was given.
     """
 
     def __init__(self, fs: Any, path: str, url: str, file: Any = None) -> None:
-        super().__init__()
-        self.url = url
-        self._fs, self._path = fs, path
+        super().__init__(fs, path, url)
         self._file = fs.open(path, "rb", block_size=BLOCK) if file is None else file
         self._lock = for_file(self._file)  # there are file systems that give the same object to all
-        self._position = 0
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return StreamFile, (self._fs, self._path, self.url)
-
-    @property
-    def name(self) -> str:
-        return self.url
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        if whence == os.SEEK_SET:
-            self._position = offset
-            return offset
         with self._lock.lock:
-            self._file.seek(self._position)
-            self._position = int(self._ask(self._file.seek, offset, whence))
-        return self._position
+            self._size = int(self._ask(self._file.seek, 0, os.SEEK_END))
 
     def read(self, size: int | None = -1, /) -> bytes:
         with self._lock.lock:
@@ -454,12 +439,6 @@ class StreamFile(io.RawIOBase):
             data: bytes = self._ask(self._file.read, -1 if size is None else size)
         self._position += len(data)
         return data
-
-    def readinto(self, buffer: Writable, /) -> int:
-        view = memoryview(buffer).cast("B")
-        data = self.read(len(view))
-        view[: len(data)] = data
-        return len(data)
 
     def close(self) -> None:
         if not self.closed and hasattr(self, "_file"):
