@@ -326,7 +326,7 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
 
     if (fetched && status == FQ_OK)
         status = fq_batch_inflate(job, b, scratch, dest, &error);
-    fq_batch_release(b);
+    fq_batch_release(job, b);
     if (status == FQ_OK && job->write && b->count > 0 && !copied)
         status = job->write(job, b->guest_off, buffer.base, b->nbytes, &error);
     if (status != FQ_OK)
