@@ -7,8 +7,8 @@
  * threads. A jump starts another stream, and what the least recent one still had before it is dropped.
  *
  * Who reads here and there mostly comes back near by: files lie close together, and are read in pieces. So where a read has to
- * inflate a cluster, the next few behind it are inflated too, if that is worth it: each cluster inflated ahead takes credit, and each
- * one that is then read gives twice that. Credit is earned before there is any, by clusters that reads inflate themselves where an
+ * inflate a cluster, the next few behind it are inflated too, if that is worth it: each cluster inflated ahead takes credit, and
+ * each one that is then read gives twice that. Credit is earned before there is any, by clusters that reads inflate themselves where an
  * earlier one would have had them inflated. So reads far from one another cost nothing more, and others little that is of no use.
  *
  * Workers claim one cluster at a time. A reader that comes to a cluster which is being inflated does not wait idly either, but
@@ -88,7 +88,8 @@ static void work(void *arg, bool is_caller)
     (void)is_caller;
     if (!scratch)
         return;
-    while (!atomic_load_explicit(&r->ahead.stop, memory_order_relaxed) && (work_once(r, scratch) || fq_cache_add_spare(r->clusters)))
+    while (!atomic_load_explicit(&r->ahead.stop, memory_order_relaxed) &&
+           (work_once(r, scratch) || fq_cache_add_spare(r->clusters)))
         ;
     fq_scratch_put(scratch);
 }

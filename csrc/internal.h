@@ -105,8 +105,8 @@ fq_block *fq_cache_peek(fq_cache *cache, uint32_t owner, uint64_t key);
 typedef enum fq_presence { FQ_ABSENT, FQ_COMING, FQ_PRESENT } fq_presence;
 fq_presence fq_cache_look(fq_cache *cache, uint32_t owner, uint64_t key);
 /*
- * `from` and `to`: the part of the block that was used. Use that carries on where the last one ended is one use, not two. Whether it
- * was the block's first.
+ * `from` and `to`: the part of the block that was used. Use that carries on where the last one ended is one use, not two. Whether
+ * it was the block's first.
  */
 bool fq_cache_release(fq_cache *cache, fq_block *block, size_t from, size_t to);
 /* As release, but the block was not used: it was filled for others. */

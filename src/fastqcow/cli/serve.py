@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> NoReturn:
     check_plugin(nbdkit, environment)
     environment["FASTQCOW_SERVE_PATH"] = os.environ.get("PATH", os.defpath)
     listening, uri = listen(arguments)
-    # Requests of a client that are worked on at once need a CPU each, and the client one; nbdkit's 16 are only slower, and one alone is a
-    # quarter faster than several, as it is handed to no other thread. Those that wait for a server are better off at once.
+    # Each request of a client that is worked on at once needs a CPU, and the client one: nbdkit's 16 are only slower. One alone is
+    # handed to no other thread, and so a quarter faster than several. Those that wait for a server are better off at once.
     threads = make_options(threads=arguments.threads).threads
     reads = threads if arguments.threads else max(1, threads - 1)
     at_once = [] if is_url(arguments.image) else [f"--threads={reads}"]
