@@ -65,7 +65,7 @@ typedef struct write_job {
 
 /* What one thread has for itself. */
 typedef struct bench {
-    void *encoder; /* its state; NULL where there is none */
+    void *encoder;       /* its state; NULL where there is none */
     uint8_t *in, *below; /* a stretch, and the same of the backing file */
     bool by_caller;
 } bench;

@@ -48,7 +48,8 @@ static void check_contents(const image *m, uint8_t *file, const fq_written *writ
     free(found);
 }
 
-static void test_geometry(const fq_encoder *encoder, int level, unsigned cluster_bits, uint32_t refcount_order, size_t tables_nbytes)
+static void test_geometry(const fq_encoder *encoder, int level, unsigned cluster_bits, uint32_t refcount_order,
+                          size_t tables_nbytes)
 {
     image m = make_image(FQ_CODEC_DEFLATE);
     const int fd = temporary_file(m.file, m.nbytes);
