@@ -4,8 +4,8 @@ A machine's speed drifts, by more than what is to be measured. So peers are not 
 peer once, in an order that changes, and what counts is the median, over the rounds, of each peer's time over the subject's.
 pytest-benchmark keeps the subject's rounds; the peers' medians and the ratios are in its `extra_info`, and are printed at the end.
 
-FASTQCOW_DATA is the folder of boot-zlib.qcow2 (`../shared/data` by default). Without it, and where nothing is timed, the suites run on
-the project's small image, which only shows that they work. With `--large` some also run on a disk of 640 MiB of this machine's own files, which is made
+FASTQCOW_DATA is the folder of boot-zlib.qcow2 (`../shared/data` by default). Without it the suites run on the project's small
+image, which only shows that they work. With `--large` some also run on a disk of 640 MiB of this machine's own files, which is made
 in build/bench when it is first needed.
 """
 
@@ -39,11 +39,10 @@ _lines: list[str] = []
 
 
 @pytest.fixture(scope="session")
-def zlib_image(request: pytest.FixtureRequest) -> Path:
+def zlib_image() -> Path:
     here = Path(__file__).parents[1]
     real = Path(os.environ.get("FASTQCOW_DATA") or here.parent / "shared" / "data") / "boot-zlib.qcow2"
-    is_timed = not request.config.getoption("benchmark_disable")
-    return real if is_timed and real.exists() else here / "tests" / "data" / "demo.qcow2"
+    return real if real.exists() else here / "tests" / "data" / "demo.qcow2"
 
 
 def compressed(source: Path, path: Path, method: str) -> Path:
