@@ -49,12 +49,12 @@ def extensions() -> list[Extension]:
     names = libraries()
     include = [f[2:] for f in pkg_config("--cflags-only-I", *names) or []]
     link = pkg_config("--libs", *(n for n in names if n != "libisal")) or []
-    isal = pkg_config("--libs", "libisal") or [] if "libisal" in names else []  # only what writes needs it
     flags = os.environ.get("CFLAGS", "").split()
     symbols = [] if any(f.startswith("-g") for f in flags) else ["-g0"]  # Python's own flags ask for them, at twice the size
     optimization = [] if any(f.startswith("-O") for f in flags) else ["-O2"]
     built_in = {"libdeflate": "FQ_HAVE_LIBDEFLATE", "libisal": "FQ_HAVE_ISAL"}
     macros: list[tuple[str, str | None]] = [(macro, "1") for name, macro in built_in.items() if name in names]
+    writing = ["encode", "export", "space", "write"]
     reading = ["ahead", "batch", "cache", "crypt", "inflate", "l2", "pool", "pwrite", "reader", "scratch", "source", "status"]
 
     def extension(name: str, core: list[str], libraries: list[str] = link) -> Extension:
@@ -68,13 +68,16 @@ def extensions() -> list[Extension]:
             extra_link_args=[*libraries, "-pthread"],
         )
 
-    return [
+    found = [
         extension("_l2", ["layout", "status"]),
         extension("_inflate", ["inflate", "scratch", "status"]),
         extension("_check", ["check", "refcounts", "source", "status"]),
-        extension("_reader", ["export", *reading]),
-        extension("_write", ["encode", "space", "write", *reading], [*link, *isal]),
+        extension("_reader", [*reading, *writing]),
+        extension("_write", []),  # what it calls is in _reader: the threads and caches of a process are there once
     ]
+    if "libisal" in names:
+        found.append(extension("_isal", ["isal"], pkg_config("--libs", "libisal") or []))
+    return found
 
 
 if __name__ == "__main__":

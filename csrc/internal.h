@@ -281,15 +281,6 @@ bool fq_is_zero(const uint8_t *p, size_t nbytes);
 /* *done: how much was written, also where that failed. */
 fq_status fq_pwrite(int fd, const uint8_t *p, size_t nbytes, uint64_t off, size_t *done, fq_error *error);
 
-/* ---- encode.c: the state of one encoder, for one thread at a time */
-
-typedef struct fq_encoder fq_encoder;
-
-fq_status fq_encoder_new(fq_encoding encoding, int level, fq_encoder **out);
-void fq_encoder_free(fq_encoder *encoder);
-/* *out_nbytes is 0 where the stream would take more than `room`. What it is does not depend on what was encoded before. */
-fq_status fq_encoder_run(fq_encoder *encoder, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t room, size_t *out_nbytes);
-
 /* ---- space.c: who has which part of the file that is being written, by one thread */
 
 typedef struct fq_space fq_space;

@@ -171,19 +171,20 @@ cdef extern from "fastqcow.h" nogil:
     fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                         const fq_request *request, fq_error *error)
 
-    ctypedef enum fq_encoding:
-        FQ_ENCODING_NONE
-        FQ_ENCODING_LIBZ
-        FQ_ENCODING_ISAL
-        FQ_ENCODING_ZSTD
+    ctypedef struct fq_encoder:
+        int level_min
+        int level_max
 
+    const fq_encoder fq_encoder_libz
+    const fq_encoder fq_encoder_zstd
+    const fq_encoder fq_encoder_isal
     const char *fq_version_isal()
 
     ctypedef struct fq_write_options:
         int fd
         fq_geometry geometry
         uint32_t refcount_order
-        fq_encoding encoding
+        const fq_encoder *encoder
         int level
         bint dense
         unsigned threads

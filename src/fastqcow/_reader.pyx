@@ -10,6 +10,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stddef cimport ptrdiff_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -30,6 +31,8 @@ from fastqcow._core cimport (
     fq_stats,
     fq_status,
     fq_target,
+    fq_write_options,
+    fq_written,
     uint8_t,
     uint32_t,
     uint64_t,
@@ -45,6 +48,10 @@ ZERO = <int>_core.FQ_ZERO
 ZERO_ALLOC = <int>_core.FQ_ZERO_ALLOC
 DATA = <int>_core.FQ_DATA
 COMPRESSED = <int>_core.FQ_COMPRESSED
+
+# Encoders, for _write.
+LIBZ = PyCapsule_New(<void *>&_core.fq_encoder_libz, "fastqcow.encoder", NULL)
+ZSTD = PyCapsule_New(<void *>&_core.fq_encoder_zstd, "fastqcow.encoder", NULL)
 
 cdef enum:
     # Reads from here on look after signals and so can be interrupted; smaller ones take less than a tenth of a second.
@@ -516,3 +523,15 @@ cdef uint64_t check_offset(guest_off) except? 0xffffffffffffffff:
     if guest_off < 0:
         raise ValueError(f"the offset is {guest_off}; it cannot be negative")
     return min(guest_off, 0x7fffffffffffffff)
+
+
+cdef fq_status write(
+    fq_reader *reader,
+    int stream,
+    fq_reader *backing,
+    const fq_write_options *options,
+    fq_written *written,
+    const fq_request *request,
+    fq_error *error,
+) noexcept nogil:
+    return _core.fq_write(reader, stream, backing, options, written, request, error)
