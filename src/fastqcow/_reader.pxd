@@ -5,6 +5,10 @@ from libc.stddef cimport ptrdiff_t
 from fastqcow._core cimport fq_crypt, fq_error, fq_iovec, fq_range, fq_reader, fq_request, fq_source, fq_status, uint8_t, uint64_t
 
 
+cdef extern from "Python.h":
+    bint Py_IsInitialized() noexcept nogil
+
+
 cdef class Request:
     cdef fq_request c
     cdef object exception
