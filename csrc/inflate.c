@@ -117,6 +117,8 @@ static fq_status inflate_zstd(fq_inflater *s, const uint8_t *in, size_t in_nbyte
         if (zstd_window_too_large(in + in_pos, frame_nbytes))
             return FQ_ERR_ZSTD;
         n = ZSTD_decompressDCtx(s->zstd, out + out_pos, out_nbytes - out_pos, in + in_pos, frame_nbytes);
+        if (ZSTD_isError(n) && ZSTD_getErrorCode(n) == ZSTD_error_memory_allocation)
+            return FQ_ERR_NOMEM;
         if (ZSTD_isError(n))
             return ZSTD_getErrorCode(n) == ZSTD_error_dstSize_tooSmall ? FQ_ERR_INFLATED_LONG : FQ_ERR_ZSTD;
         in_pos += frame_nbytes;

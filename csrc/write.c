@@ -156,9 +156,11 @@ static fq_status read_stream(write_job *w, uint8_t *buf, size_t nbytes, size_t *
 
         if (is_caller)
             fq_job_poll(&w->job);
-        if (poll(&wanted, 1, FQ_POLL_MS) <= 0) /* also for a signal: a read would wait on */
+        n = poll(&wanted, 1, FQ_POLL_MS); /* a signal ends it, where a read would wait on */
+        if (n == 0)
             continue;
-        n = read(w->stream, buf + *got, nbytes - *got);
+        if (n > 0)
+            n = read(w->stream, buf + *got, nbytes - *got);
         if (n < 0 && (errno == EINTR || errno == EAGAIN))
             continue;
         if (n < 0) {

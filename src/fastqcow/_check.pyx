@@ -7,7 +7,7 @@ from libc.string cimport memset
 from fastqcow cimport _core
 from fastqcow._core cimport fq_check, fq_check_counts, fq_check_options, fq_error, fq_finding, fq_l1_range, fq_role, fq_status
 from fastqcow._core cimport uint32_t, uint64_t
-from fastqcow._reader cimport Request, Source, check, note, place
+from fastqcow._reader cimport Py_IsInitialized, Request, Source, check, note, place
 
 HEADER = <int>_core.FQ_ROLE_HEADER
 REFCOUNT_TABLE = <int>_core.FQ_ROLE_REFCOUNT_TABLE
@@ -22,7 +22,12 @@ CHECK_ERROR = <int>_core.FQ_CHECK_ERROR
 OVERLAP = <int>_core.FQ_OVERLAP
 
 
-cdef void report_finding(void *opaque, const fq_finding *found, uint64_t times) noexcept with gil:
+cdef void report_finding(void *opaque, const fq_finding *found, uint64_t times) noexcept nogil:
+    if Py_IsInitialized():
+        report_finding_python(opaque, found, times)
+
+
+cdef void report_finding_python(void *opaque, const fq_finding *found, uint64_t times) noexcept with gil:
     checker = <Checker>opaque
     if checker.request.exception is not None:
         return

@@ -19,6 +19,10 @@ from fastqcow._core cimport (
 )
 
 
+cdef extern from "Python.h":
+    bint Py_IsInitialized() noexcept nogil
+
+
 cdef class Request:
     cdef fq_request c
     cdef object exception

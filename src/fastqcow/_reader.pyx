@@ -71,7 +71,15 @@ cdef class Request:
         return self.exception is not None
 
 
-cdef int poll(void *user, uint64_t done_nbytes) noexcept with gil:
+# Callbacks are in two parts. An interpreter that is being shut down ends the threads that want the GIL, and one that is gone has none: so
+# those that still read then, which daemon threads alone do, have to fail without it. The second part takes it before its first line.
+
+
+cdef int poll(void *user, uint64_t done_nbytes) noexcept nogil:
+    return poll_python(user, done_nbytes) if Py_IsInitialized() else 1
+
+
+cdef int poll_python(void *user, uint64_t done_nbytes) noexcept with gil:
     request = <Request>user
     if request.exception is not None:
         return 1
@@ -92,7 +100,11 @@ cdef void note(Request request, exception) noexcept:
             request.exception = exception
 
 
-cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept with gil:
+cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept nogil:
+    return read_file_python(opaque, user, buf, nbytes, host_off) if Py_IsInitialized() else -1
+
+
+cdef ptrdiff_t read_file_python(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept with gil:
     source = <Source>opaque
     try:
         return source.read_file(buf, nbytes, host_off)
@@ -102,7 +114,11 @@ cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, 
         return -1
 
 
-cdef int read_ranges(void *opaque, void *user, fq_range *ranges, size_t count) noexcept with gil:
+cdef int read_ranges(void *opaque, void *user, fq_range *ranges, size_t count) noexcept nogil:
+    return read_ranges_python(opaque, user, ranges, count) if Py_IsInitialized() else -1
+
+
+cdef int read_ranges_python(void *opaque, void *user, fq_range *ranges, size_t count) noexcept with gil:
     source = <Source>opaque
     try:
         return source.read_ranges(ranges, count, None if user == NULL else <Request>user)
@@ -260,7 +276,11 @@ cdef class Source:
         return data if got == nbytes else data[:got]
 
 
-cdef int run_cipher(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks, size_t nbytes) noexcept with gil:
+cdef int run_cipher(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks, size_t nbytes) noexcept nogil:
+    return run_cipher_python(opaque, user, cipher, blocks, nbytes) if Py_IsInitialized() else -1
+
+
+cdef int run_cipher_python(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks, size_t nbytes) noexcept with gil:
     crypt = <Crypt>opaque
     try:
         out = crypt.ciphers[<int>cipher](PyBytes_FromStringAndSize(<char *>blocks, nbytes))
