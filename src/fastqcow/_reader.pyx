@@ -47,8 +47,9 @@ DATA = <int>_core.FQ_DATA
 COMPRESSED = <int>_core.FQ_COMPRESSED
 
 cdef enum:
-    # Reads from here on look after signals and so can be interrupted; smaller ones take less than a tenth of a second.
-    INTERRUPTIBLE_NBYTES = 16 << 20
+    # Reads from here on look after signals and so can be interrupted; smaller ones take less than a tenth of a second. (Or a second,
+    # of streams that are made to be slow, and then of one cluster of 2 MiB.)
+    INTERRUPTIBLE_NBYTES = 1 << 20
 
 
 cdef class Request:
