@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import struct
-from pathlib import Path
 
-from images import COPIED, PAYLOAD, build, compressed_entry, data_entry, deflate, extension, patched, snapshot_entry, text
-
-UNKNOWN = 0x12345678  # a header extension that nobody knows
-CLUSTER = 65536
-AT = PAYLOAD * CLUSTER
+from images import deflate
 
 
 class _Bits:
@@ -45,8 +39,8 @@ def _empty_dynamic_block() -> _Bits:
 
 
 def slow_deflate(nbytes: int, out_nbytes: int, *, ends: bool = True) -> bytes:
-    """Blocks with nothing in them, and one code after the other to be built: dynamic and fixed ones in turn. Then out_nbytes of zeroes
-    where it `ends`."""
+    """Blocks with nothing in them, and one code after the other to be built: dynamic and fixed ones in turn. Then out_nbytes of
+    zeroes where it `ends`."""
     pair = _empty_dynamic_block().put((0b010, 3), (0, 7))
     last = deflate(bytes(out_nbytes), window_bits=15) if ends else b""
     eight = _Bits().put(*[(pair.value, pair.count)] * 8).bytes()
@@ -68,7 +62,7 @@ def _fse(log: int, probabilities: list[int]) -> bytes:
 
 
 def slow_zstd(nbytes: int, out_nbytes: int) -> bytes:
-    """A frame of blocks with one sequence each, and three tables of their own for it, of the largest size. Zeroes fill the cluster."""
+    """A frame of blocks with one sequence each, and three tables of their own for it, of the largest size; then zeroes."""
 
     def block(kind: int, size: int, body: bytes = b"", last: int = 0) -> bytes:
         return struct.pack("<I", last | kind << 1 | size << 3)[:3] + body

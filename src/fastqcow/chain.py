@@ -111,7 +111,7 @@ def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True
         OSError: a layer's file cannot be opened or read.
     """
     files: list[tuple[Source, Header | None, Source | None, Crypt | None]] = []
-    data_rule = options.data_file
+    data_rule, hashings = options.data_file, 0
     for opened, head in walk(source, options.backing):
         data = crypt = None
         if head:
@@ -120,7 +120,9 @@ def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True
             if head.encrypted:
                 from fastqcow.crypt import open_crypt  # what it imports takes longer than opening most images
 
-                crypt = open_crypt(opened, head, options.password)
+                crypt, hashings = open_crypt(opened, head, options.password, hashings)
+            if files:  # nobody asks for what may be 2 MiB in each file
+                head = head._replace(unknown_extensions=())
         files.append((opened, head, data, crypt))
     headers = [head for _, head, _, _ in files if head]
     _check_l1_tables(headers, files[0][0].path)

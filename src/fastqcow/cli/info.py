@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,12 +31,21 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     options = opening(arguments)
     chain = chain_info(arguments.image, options["backing"]) if arguments.backing_chain else [info(arguments.image, **options)]
-    if arguments.output == "json":
-        import json
+    before = ""
+    if arguments.output == "human":
+        for found in chain:
+            print(before + human(found))
+            before = "\n"
+        return 0
+    import json
 
-        print(json.dumps(chain if arguments.backing_chain else chain[0], indent=4))
-    else:
-        print("\n\n".join(human(found) for found in chain))
+    if not arguments.backing_chain:
+        print(json.dumps(next(iter(chain)), indent=4))
+        return 0
+    for found in chain:
+        print(before or "[", textwrap.indent(json.dumps(found, indent=4), "    "), sep="\n", end="")
+        before = ","
+    print("\n]")
     return 0
 
 
