@@ -29,6 +29,7 @@ enum {
     REMOTE_GAP = 64 << 10,   /* as MERGE_GAP, of remote files; not less, or a group of clusters could lie in two ranges */
     BOUNCE_BELOW = 32 << 10, /* plain data for smaller buffers is read together, then scattered */
     BOUNCE_NBYTES = 256 << 10,
+    POLL_NBYTES = 128 << 10, /* of compressed data: some 30 ms where a stream is as slow as one can be made */
 };
 
 /* An error at a guest offset within a run. */
@@ -553,6 +554,18 @@ bool fq_batch_warm(const fq_run *run, fq_scratch *scratch)
     return filled;
 }
 
+/* Whether to go on, asked now and then: there are streams that take a hundred times as long as others. */
+static bool is_cancelled(fq_job *job, const fq_batch *b, const fq_run *run, uint64_t *inflated)
+{
+    *inflated += run->in_nbytes;
+    if (*inflated < POLL_NBYTES)
+        return false;
+    *inflated = 0;
+    if (b->by_caller)
+        fq_job_poll(job);
+    return atomic_load(&job->cancelled);
+}
+
 /*
  * The order matters: whole clusters first, out of scratch->in, which the parts of clusters then use again; and those that others
  * are at work on after these, as the scratch serves for something else while they are waited for. Of several errors the one with
@@ -560,6 +573,7 @@ bool fq_batch_warm(const fq_run *run, fq_scratch *scratch)
  */
 fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {
+    uint64_t inflated = 0;
     fq_error each;
 
     error->status = FQ_OK;
@@ -572,6 +586,8 @@ fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const 
                 continue;
             if (run->kind != FQ_COMPRESSED)
                 scatter(dest, run->guest_off, NULL, run->nbytes);
+            else if (is_cancelled(job, b, run, &inflated))
+                return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
             else if (parts)
                 status = read_part_of_cluster(job, b, run, scratch, dest, &each);
             else

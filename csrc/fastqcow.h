@@ -415,8 +415,8 @@ typedef struct fq_l1_range {
 fq_status fq_check_open(fq_source *source, const fq_check_options *options, const fq_request *request, fq_check **out,
                         fq_error *error);
 void fq_check_close(fq_check *check);
-/* Count a reference to a range of the file. */
-fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error);
+/* Count `times` references to a range of the file. */
+fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, uint64_t times, fq_error *error);
 /* Check L1 entries and collect the L2 tables that they point to. The ranges that are given must not overlap. */
 fq_status fq_check_l1(fq_check *check, const fq_l1_range *range, const fq_request *request, fq_error *error);
 /* Check entries of bitmaps' tables that lie side by side, and belong to `times` tables. The ranges given must not overlap either.

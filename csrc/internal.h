@@ -260,6 +260,7 @@ struct fq_job {
 };
 
 void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_request *request);
+uint64_t fq_now_ms(void);
 /* Ask the caller whether to go on, if it is time to; by the calling thread only. */
 void fq_job_poll(void *job);
 /* Work the job off with up to `threads` threads. */

@@ -228,7 +228,7 @@ void fq_job_fail(fq_job *job, const fq_error *error)
     atomic_store(&job->stop, true);
 }
 
-static uint64_t now_ms(void)
+uint64_t fq_now_ms(void)
 {
     struct timespec t;
 
@@ -243,7 +243,7 @@ void fq_job_poll(void *arg)
 
     if (!job->request || !job->request->poll)
         return;
-    now = now_ms();
+    now = fq_now_ms();
     if (job->polled_at_ms == 0)
         job->polled_at_ms = now;
     if (now - job->polled_at_ms < FQ_POLL_MS)

@@ -54,8 +54,9 @@ LIBZ = PyCapsule_New(<void *>&_core.fq_encoder_libz, "fastqcow.encoder", NULL)
 ZSTD = PyCapsule_New(<void *>&_core.fq_encoder_zstd, "fastqcow.encoder", NULL)
 
 cdef enum:
-    # Reads from here on look after signals and so can be interrupted; smaller ones take less than a tenth of a second.
-    INTERRUPTIBLE_NBYTES = 16 << 20
+    # Reads from here on look after signals and so can be interrupted; smaller ones take less than a tenth of a second. (Or a second,
+    # of streams that are made to be slow, and then of one cluster of 2 MiB.)
+    INTERRUPTIBLE_NBYTES = 1 << 20
 
 
 cdef class Request:
