@@ -19,13 +19,12 @@ static ptrdiff_t read_table_file(void *opaque, void *user, uint8_t *buf, size_t 
 
     (void)user;
     memset(buf, 0, nbytes);
-    for (size_t i = 0; i < nbytes; i++) {
-        if (host_off + i == 5)
-            buf[i] = L2_OFF >> 16 & 0xff;
-        else if (host_off + i >= L2_OFF && host_off + i < L2_OFF + f->nbytes)
-            buf[i] = f->table[host_off + i - L2_OFF];
-        else if (host_off + i >= L2_OFF + TABLE_NBYTES_MAX)
-            break;
+    if (host_off <= 5 && nbytes > 5 - host_off)
+        buf[5 - host_off] = L2_OFF >> 16 & 0xff;
+    if (host_off >= L2_OFF && host_off < L2_OFF + f->nbytes) {
+        const size_t left = L2_OFF + f->nbytes - (size_t)host_off;
+
+        memcpy(buf, f->table + (host_off - L2_OFF), left < nbytes ? left : nbytes);
     }
     return (ptrdiff_t)nbytes;
 }

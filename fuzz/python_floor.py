@@ -33,7 +33,7 @@ HASHINGS_MAX = 2000  # a minute's, which the limit is, would be taken for a hang
 ITEMS_MAX = 200
 PASSWORD = "password"
 COMMANDS = ("info", "info --output=json", "snapshot -l", "check", "map", "bitmap", "bitmap --output=json", "bitmap {} marks")
-CGROUPS = ("/proc/self/cgroup", "/sys/fs/cgroup/")  # which say how many processors there are to use
+CGROUPS = ("/proc/self/cgroup/", "/sys/fs/cgroup/")  # which say how many processors there are to use
 
 
 class Opened:
@@ -48,7 +48,7 @@ class Opened:
     def note(self, event: str, arguments: tuple[object, ...]) -> None:
         if self.watching and event == "open" and isinstance(arguments[0], (str, bytes)):
             path = os.fsdecode(arguments[0])
-            if not os.path.realpath(path).startswith((self.folder, *CGROUPS)):
+            if not (os.path.realpath(path) + os.sep).startswith((self.folder, *CGROUPS)):
                 self.strangers.append(path)
 
     @contextlib.contextmanager

@@ -6,21 +6,20 @@
  */
 #include "fuzz.h"
 
-enum { DISK_NBYTES_MAX = 1 << 18 };
+enum { DISK_NBYTES_MAX = 3 << 19, LONG_NBYTES = 4096 }; /* longer than what a thread claims at a time */
 
 typedef struct disk {
     uint8_t bytes[DISK_NBYTES_MAX];
     size_t nbytes;
 } disk;
 
-static void fill(disk *d, input *in, size_t cluster_size)
+static void fill(disk *d, input *in)
 {
-    memset(d->bytes, 0, sizeof(d->bytes));
     d->nbytes = 0;
     while (in->left > 0) {
         const unsigned kind = (unsigned)take_number(in, 1), length = (unsigned)take_number(in, 1);
-        const size_t long_one = length & 128 ? (length & 127) * cluster_size : (size_t)length << (kind >> 4);
-        const size_t room = DISK_NBYTES_MAX - d->nbytes, n = long_one < room ? long_one : room;
+        const size_t wanted = length & 128 ? (length & 127) * LONG_NBYTES : (size_t)length << (kind >> 5);
+        const size_t room = DISK_NBYTES_MAX - d->nbytes, n = wanted < room ? wanted : room;
         uint32_t value = (uint32_t)take_number(in, 1);
 
         for (size_t i = 0; i < n; i++) {
@@ -158,12 +157,12 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
     fq_written written[2];
     fq_error error;
 
-    fill(&d, &in, (size_t)1 << cluster_bits);
+    fill(&d, &in);
     if (flags & 16) { /* a backing file that has the first half of the disk, but for some bytes */
         const fq_reader_options options = {.size = (d.nbytes / 2 + 511) & ~UINT64_C(511), .threads = 1};
 
-        base = d;
         f.nbytes = base.nbytes = d.nbytes / 2;
+        memcpy(base.bytes, d.bytes, base.nbytes);
         for (size_t at = more; at < base.nbytes; at += 5000)
             base.bytes[at] ^= 1;
         source = fq_source_callback(read_file, &f, f.nbytes);
