@@ -17,7 +17,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
     const fq_mode mode = (fq_mode)(take_number(&in, 1) % FQ_MODE_COUNT);
     const fq_iv vectors = (fq_iv)(take_number(&in, 1) % FQ_IV_COUNT);
     const uint32_t block = take_number(&in, 1) % 2 && mode != FQ_MODE_XTS ? 8 : 16;
-    const size_t sectors = (size_t)take_number(&in, 1) * SECTORS_MAX / 256, all = sectors * FQ_SECTOR_NBYTES;
+    const size_t number = (size_t)take_number(&in, 1), sectors = number < 250 ? number % 8 : (number - 249) * SECTORS_MAX / 6;
+    const size_t all = sectors * FQ_SECTOR_NBYTES;
     const uint64_t first = take_number(&in, 8) % (UINT64_MAX / FQ_SECTOR_NBYTES);
     toy t = {block, 0, (int)take_number(&in, 1)};
     const fq_crypt c = {mode, vectors, block, false, run_toy, &t};

@@ -169,7 +169,7 @@ def tables() -> Iterator[bytes]:
 
 def sectors() -> Iterator[bytes]:
     for mode, vectors, block, sector in itertools.product(range(4), range(3), range(2), (0, 1, (1 << 32) - 1, 1 << 54)):
-        yield bytes([mode, vectors, block, 1 + mode * 40]) + struct.pack(">QB", sector, 0) + b"contents"
+        yield bytes([mode, vectors, block, (1, 7, 252, 255)[mode]]) + struct.pack(">QB", sector, 0) + b"contents"
 
 
 def disks() -> Iterator[bytes]:
