@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """The Python floor on hostile images: header, extensions, snapshot table, bitmap directory, LUKS header, and what is said of them.
 
 `python_floor.py FOLDER [OPTIONS]` fuzzes with atheris, whose options are libFuzzer's; `try_image` takes one input. Nothing but
@@ -79,7 +80,6 @@ class Target:
     def try_image(self, data: bytes, *, watch: bool = True) -> None:
         if len(data) > INPUT_NBYTES_MAX:
             return
-        luks.HASHINGS_MAX = HASHINGS_MAX
         self.path.write_bytes(data)
         with warnings.catch_warnings(), self.opened.watched() if watch else contextlib.nullcontext():
             warnings.simplefilter("ignore")
@@ -134,6 +134,7 @@ def run(command: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
+    luks.HASHINGS_MAX = HASHINGS_MAX
     cli.gc.freeze = lambda: None  # type: ignore[attr-defined]  # it would keep what each command leaves behind
     with tempfile.TemporaryDirectory() as name:
         atheris.Setup(sys.argv, Target(Path(name)).try_image)

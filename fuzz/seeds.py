@@ -85,7 +85,9 @@ def made_by_hand() -> Iterator[bytes]:
     plain, words = noise(CLUSTER), text(CLUSTER)
     stream, frame = deflate(words), zstandard.compress(words)
     one, packed = data_entry(AT), compressed_entry(AT, len(stream), BITS)
-    yield build([one, 0, ZERO, one | ZERO, COPIED, data_entry(AT + CLUSTER), data_entry(AT + 99 * CLUSTER)], plain * 2, cluster_bits=BITS)
+    yield build(
+        [one, 0, ZERO, one | ZERO, COPIED, data_entry(AT + CLUSTER), data_entry(AT + 99 * CLUSTER)], plain * 2, cluster_bits=BITS
+    )
     yield build([one, data_entry(AT + 8), ZERO], plain, cluster_bits=BITS, version=2)
     yield build([packed, packed, 0, packed | COPIED, compressed_entry(0, 900, BITS)], stream + bytes(99), cluster_bits=BITS)
     yield build([compressed_entry(AT, len(frame), BITS), one], frame + bytes(600), cluster_bits=BITS, zstd=True)
@@ -98,7 +100,9 @@ def made_by_hand() -> Iterator[bytes]:
     bitmaps = [0, 1, 1 << 32, 0xFF0000FF, 0xFFFF0000_0000FFFF, 1 | 1 << 32]
     yield build([(data_entry(PAYLOAD << 14), bitmap) for bitmap in bitmaps], big, cluster_bits=14, extended=True)
     for knobs in (1, 0x15, 0x2A6, 0x1787, 0x62E5, 0xF7E9, 0x1F_F3A5, 0x03AA_BFFF, 0x0700_0002):
-        yield patched(build([one, packed, ZERO, 0, one], plain + stream + bytes(99), cluster_bits=BITS), 80, struct.pack(">Q", knobs))
+        yield patched(
+            build([one, packed, ZERO, 0, one], plain + stream + bytes(99), cluster_bits=BITS), 80, struct.pack(">Q", knobs)
+        )
 
 
 def with_extensions() -> Iterator[bytes]:
@@ -109,7 +113,8 @@ def with_extensions() -> Iterator[bytes]:
     yield build([0], cluster_bits=BITS, backing=("json:{}", None))
     yield patched(build([0], cluster_bits=BITS, extensions=extension(DATA_FILE, b"data.raw")), 72, struct.pack(">Q", 4))
     entries = b"".join(
-        snapshot_entry(str(i).encode(), b"snapshot", l1_off=L1 * CLUSTER, extra=struct.pack(">QQQ", 0, CLUSTER, 5)[: 8 * i]) for i in range(4)
+        snapshot_entry(str(i).encode(), b"snapshot", l1_off=L1 * CLUSTER, extra=struct.pack(">QQQ", 0, CLUSTER, 5)[: 8 * i])
+        for i in range(4)
     )
     with_table = patched(build([0], entries, cluster_bits=BITS), 60, struct.pack(">IQ", 4, AT))
     yield with_table
@@ -163,7 +168,10 @@ def tables() -> Iterator[bytes]:
     rng = random.Random(2)
     for bits, flags in itertools.product((0, 5, 7), range(8)):
         n = rng.randrange(2, 30)
-        entries = [rng.choice((0, ZERO, COPIED | i << bits + 9, i << bits + 9, COPIED | i << bits + 9 | ZERO, rng.getrandbits(64))) for i in range(n)]
+        entries = [
+            rng.choice((0, ZERO, COPIED | i << bits + 9, i << bits + 9, COPIED | i << bits + 9 | ZERO, rng.getrandbits(64)))
+            for i in range(n)
+        ]
         yield bytes([flags, bits, 1]) + struct.pack(f">I{n}Q", rng.randrange(2) * rng.randrange(2000), *entries)
 
 
@@ -176,7 +184,9 @@ def disks() -> Iterator[bytes]:
     """See write.c: options, and then pieces of a disk."""
     rng = random.Random(3)
     for encoding, bits, flags in itertools.product(range(4), (0, 3, 7), (0, 1, 2, 4, 6)):
-        pieces = b"".join(bytes([rng.randrange(8), rng.randrange(20), rng.randrange(256)]) + rng.randbytes(rng.randrange(8)) for _ in range(9))
+        pieces = b"".join(
+            bytes([rng.randrange(8), rng.randrange(20), rng.randrange(256)]) + rng.randbytes(rng.randrange(8)) for _ in range(9)
+        )
         yield bytes([encoding, bits, flags, rng.randrange(8), rng.randrange(256), rng.randrange(256)]) + pieces
 
 

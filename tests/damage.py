@@ -89,7 +89,9 @@ class Geometry:
         if not self.entries:
             return None
         off, nbytes = rng.choice(self.entries)
-        return self.bits(rng, image, off + 8 + rng.randrange(8)) if nbytes == 16 and rng.random() < 0.5 else self.word(rng, image, off)
+        return (
+            self.bits(rng, image, off + 8 + rng.randrange(8)) if nbytes == 16 and rng.random() < 0.5 else self.word(rng, image, off)
+        )
 
     def in_stream(self, rng: random.Random, image: bytes) -> Damage | None:
         if not self.streams:

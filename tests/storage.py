@@ -48,7 +48,16 @@ class Daemon:
 
     def start(self) -> None:
         server = f"addr.type=unix,addr.path={self.socket},max-connections=4"
-        command = ["qemu-storage-daemon", "--chardev", "stdio,id=m", "--monitor", "chardev=m", "--nbd-server", server, *self.options]
+        command = [
+            "qemu-storage-daemon",
+            "--chardev",
+            "stdio,id=m",
+            "--monitor",
+            "chardev=m",
+            "--nbd-server",
+            server,
+            *self.options,
+        ]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         self.received = b""
         self.line()
@@ -61,7 +70,8 @@ class Daemon:
         self.process = None
 
     def line(self) -> Any:
-        assert self.process and self.process.stdout
+        assert self.process
+        assert self.process.stdout
         until = time.monotonic() + TIMEOUT
         while b"\n" not in self.received:
             if not select.select([self.process.stdout], [], [], max(until - time.monotonic(), 0))[0]:
@@ -74,7 +84,8 @@ class Daemon:
         return json.loads(line)
 
     def command(self, execute: str, /, **arguments: Any) -> None:
-        assert self.process and self.process.stdin
+        assert self.process
+        assert self.process.stdin
         try:
             self.process.stdin.write(json.dumps({"execute": execute, "arguments": arguments}).encode() + b"\n")
             self.process.stdin.flush()
