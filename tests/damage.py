@@ -70,12 +70,11 @@ class Geometry:
         ]
         weights, makers = zip(*choices, strict=True)
         while True:
-            (maker,) = rng.choices(makers, weights)
-            made = maker()
+            made: Damage | None = rng.choices(makers, weights)[0]()
             if made and made.off < self.nbytes and image[made.off : made.off + len(made.replacement or b"")] != made.replacement:
                 return made
 
-    def in_header(self, rng: random.Random, image: bytes) -> Damage:
+    def in_header(self, rng: random.Random, image: bytes) -> Damage | None:
         off = rng.randrange(self.header)
         if rng.random() < 0.3:
             return self.bits(rng, image, off)

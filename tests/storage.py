@@ -1,6 +1,7 @@
 """QEMU's storage daemon: opens images one after the other, and reads them part by part, without a new process for each.
 
-What it says of a part is what qemu-img would, which reads by the same code; but one that cannot be read does not keep from the others.
+What it says of a part is what qemu-img would say, which reads by the same code; but a part that cannot be read does not keep it
+from the others.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ TIMEOUT = 60.0
 IN_FLIGHT = 16
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """What QEMU says of an image that it does not open."""
 
 
-class Gone(Exception):
+class GoneError(Exception):
     """The daemon has crashed, or did not answer in time."""
 
 
@@ -75,10 +76,10 @@ class Daemon:
         until = time.monotonic() + TIMEOUT
         while b"\n" not in self.received:
             if not select.select([self.process.stdout], [], [], max(until - time.monotonic(), 0))[0]:
-                raise Gone("no answer in time")
+                raise GoneError("no answer in time")
             more = self.process.stdout.read1(1 << 16)  # type: ignore[attr-defined]
             if not more:
-                raise Gone(f"exit code {self.process.wait()}")
+                raise GoneError(f"exit code {self.process.wait()}")
             self.received += more
         line, _, self.received = self.received.partition(b"\n")
         return json.loads(line)
@@ -90,17 +91,17 @@ class Daemon:
             self.process.stdin.write(json.dumps({"execute": execute, "arguments": arguments}).encode() + b"\n")
             self.process.stdin.flush()
         except BrokenPipeError:
-            raise Gone("exit") from None
+            raise GoneError("exit") from None
         while "return" not in (answer := self.line()):
             if "error" in answer:
-                raise Refused(answer["error"]["desc"])
+                raise RefusedError(answer["error"]["desc"])
 
     @contextlib.contextmanager
     def opened(self, path: Path, **options: Any) -> Iterator[Export]:
         """An image, to be read.
 
         Raises:
-            Refused, Gone
+            RefusedError, GoneError
         """
         try:
             if self.process is None:
@@ -116,12 +117,12 @@ class Daemon:
                 try:
                     self.command("blockdev-del", **{"node-name": name})
                     break
-                except Refused as e:
+                except RefusedError as e:
                     if "in use" not in str(e) and "busy" not in str(e):
                         raise
-        except (Gone, ConnectionError, TimeoutError) as e:
+        except (GoneError, ConnectionError, TimeoutError) as e:
             self.stop()
-            raise Gone(str(e)) from None
+            raise GoneError(str(e)) from None
 
     def read(self, path: Path, parts: Sequence[tuple[int, int]], **options: Any) -> tuple[int, list[bytes | None]]:
         """The size of an image's disk, and its bytes at (offset, length); None where they cannot be read.

@@ -6,14 +6,11 @@ The targets of C are replayed by `script/fuzz replay`.
 from __future__ import annotations
 
 import random
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "fuzz"))
 import python_floor
-
 from fastqcow import luks
 
 CORPUS = sorted((Path(__file__).parents[1] / "fuzz" / "corpus" / "python").iterdir())

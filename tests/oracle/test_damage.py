@@ -1,10 +1,10 @@
 """Each image of the differential tests, damaged at random places: where QEMU and fastqcow both read bytes, they are the same.
 
-The verdicts may differ: what fastqcow refuses on purpose stands in docs/formats.md, and test_malformed.py and test_verdicts.py compare
-them one by one. But nothing comes out of fastqcow than bytes, fastqcow.Error and OSError, and that within seconds.
+The verdicts may differ: what fastqcow refuses on purpose stands in docs/formats.md, and test_malformed.py and test_verdicts.py
+compare them one by one. But nothing comes out of fastqcow than bytes, fastqcow.Error and OSError, and that within seconds.
 
-Some damage is done always; `pytest --damaged-images=1000 tests/oracle/test_damage.py` does more, to more images, and tells what came
-of it (-s).
+Some damage is done always; `pytest -s --damaged-images=1000 tests/oracle/test_damage.py` does more, to more images, and tells what
+came of it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import itertools
 import random
 import shutil
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,11 @@ from test_verdicts import DEFLATE, ZSTD
 
 import fastqcow
 from conftest import Qemu
-from damage import Damage, Geometry, damaged
+from damage import Geometry, damaged
 from fastqcow.checking import check
 from fastqcow.describe import info
 from luksmaker import relocked
-from storage import Daemon, Gone, Refused
+from storage import Daemon, GoneError, RefusedError
 
 PART = 65536
 READ_NBYTES_MAX = 8 << 20
@@ -160,9 +159,9 @@ def compare(daemon: Daemon, path: Path, options: dict[str, Any], rng: random.Ran
     parts = list(ours or ())
     try:
         their_size, theirs = daemon.read(path, parts, **options)
-    except Refused:
+    except RefusedError:
         return "opened by fastqcow alone" if ours is not None else "opened by neither"
-    except Gone:
+    except GoneError:
         return "QEMU crashed, or did not end"
     if ours is None:
         return "opened by QEMU alone"
@@ -176,17 +175,12 @@ def compare(daemon: Daemon, path: Path, options: dict[str, Any], rng: random.Ran
         return "all of it read by both"
     if counts["TrueFalse"] and counts["FalseTrue"]:
         return "parts read by the one, parts by the other"
-    return (
-        "parts read by fastqcow alone"
-        if counts["TrueFalse"]
-        else "parts read by QEMU alone"
-        if counts["FalseTrue"]
-        else "parts read by both"
-    )
+    alone = "fastqcow alone" if counts["TrueFalse"] else "QEMU alone" if counts["FalseTrue"] else "both"
+    return f"parts read by {alone}"
 
 
 def read_by_us(path: Path, rng: random.Random) -> tuple[dict[tuple[int, int], bytes | None] | None, int]:
-    """The bytes of each part, None where they cannot be read; None for all where the image cannot be opened. And the disk's size."""
+    """The bytes of each part, None where they cannot be read; None for all where the image cannot be opened. And the size."""
     since = time.process_time()
     threads, cache_size = rng.choice((1, 2, 3)), rng.choice((0, 100_000, 1 << 25))
     try:
@@ -213,7 +207,7 @@ def read_parts(image: fastqcow.Image, rng: random.Random) -> dict[tuple[int, int
     if image.size > size:
         parts.append((image.size - PART, PART))
     rng.shuffle(parts)
-    found = {(off, nbytes): attempt(lambda off=off, nbytes=nbytes: image.pread(nbytes, off)) for off, nbytes in parts}  # type: ignore[misc]
+    found = {part: attempt(lambda part=part: image.pread(part[1], part[0])) for part in parts}  # type: ignore[misc]
     if whole is None:
         assert any(part is None for (off, _), part in found.items() if off < size)
     else:
