@@ -1,17 +1,28 @@
-"""Sums up what gcov says, file by file of csrc: lines and branches that ran."""
+"""Sums up what gcov says of the files of csrc: lines and branches that ran. Of a header, what did so in the file that uses it most."""
 
 from __future__ import annotations
 
 import re
 import sys
+from typing import NamedTuple
 
-total = [0.0, 0, 0.0, 0]
-for block in sys.stdin.read().split("\n\n"):
-    name = re.search(r"File '.*/csrc/(.*)'", block)
+
+class Run(NamedTuple):
+    lines_run: float
+    lines: int
+    branches_run: float
+    branches: int
+
+
+found: dict[str, Run] = {}
+for block in sys.stdin.read().split("File '")[1:]:
+    name = re.match(r".*/csrc/(.*)'", block)
     lines = re.search(r"Lines executed:([\d.]+)% of (\d+)", block)
     branches = re.search(r"Taken at least once:([\d.]+)% of (\d+)", block)
     if name and lines:
-        found = [*map(float, lines.groups()), *(map(float, branches.groups()) if branches else (100.0, 0.0))]
-        print(f"{name[1]:12} {found[0]:6.1f}% of {found[1]:5.0f} lines {found[2]:6.1f}% of {found[3]:5.0f} branches")
-        total = [total[0] + found[0] * found[1], total[1] + found[1], total[2] + found[2] * found[3], total[3] + found[3]]
-print(f"{'all':12} {total[0] / total[1]:6.1f}% of {total[1]:5.0f} lines {total[2] / total[3]:6.1f}% of {total[3]:5.0f} branches")
+        percent, count = (float(branches[1]), int(branches[2])) if branches else (0.0, 0)
+        run = Run(float(lines[1]) * int(lines[2]), int(lines[2]), percent * count, count)
+        found[name[1]] = max(run, found.get(name[1], run))
+for name, run in {**found, "all": Run(*map(sum, zip(*found.values(), strict=True)))}.items():  # type: ignore[arg-type]
+    print(f"{name:12} {run.lines_run / run.lines:6.1f}% of {run.lines:5} lines", end="")
+    print(f" {run.branches_run / run.branches:6.1f}% of {run.branches:5} branches" if run.branches else "")

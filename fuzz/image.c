@@ -9,7 +9,7 @@
 enum {
     EXTENTS_MAX = 12,
     WINDOW_NBYTES = 70000,
-    EXPORT_NBYTES = 1 << 18,
+    WINDOW_NBYTES_MAX = 1 << 18,
     READ_NBYTES_MAX = 1 << 19, /* by one input */
 };
 
@@ -66,12 +66,13 @@ static fq_source *source_of(const image *m, counted_file *f, bool plain)
 
 static fq_reader_options options_of(const image *m, bool plain)
 {
+    static const size_t cache_nbytes[] = {0, 100000, 1 << 20, 32 << 20};
     fq_reader_options o = {.geometry = m->geometry,
                            .size = m->size,
                            .l1_off = m->l1_off,
                            .l1_entries = m->l1_entries,
                            .largest_cluster = (size_t)1 << m->geometry.cluster_bits,
-                           .cluster_cache_nbytes = plain ? 0 : (size_t)((m->plan >> 4 & 3) << 18),
+                           .cluster_cache_nbytes = plain ? 0 : cache_nbytes[m->plan >> 4 & 3],
                            .table_cache_nbytes = plain ? 0 : (size_t)((m->plan >> 6 & 1) << 20),
                            .threads = plain ? 1 : threads_of(m)};
 
@@ -166,7 +167,7 @@ static void check_export(const image *m, fq_reader *plain, fq_reader *r, uint64_
                          bool good)
 {
     static int fd = -1;
-    static uint8_t found[EXPORT_NBYTES];
+    static uint8_t found[WINDOW_NBYTES_MAX];
     const bool reads_zero = m->plan >> 16 & 1;
     const fq_target target = {emptied(&fd), (m->plan >> 17 & 3) == 0 ? 0 : UINT64_C(256) << (m->plan >> 17 & 3) * 2, reads_zero, m->plan >> 19 & 1};
     uint64_t written;
@@ -190,20 +191,23 @@ static void check_export(const image *m, fq_reader *plain, fq_reader *r, uint64_
 
 static void compare_window(const image *m, fq_reader *plain, fq_reader *other, uint64_t off, size_t nbytes)
 {
-    static uint8_t expected[EXPORT_NBYTES], found[EXPORT_NBYTES];
+    static uint8_t expected[WINDOW_NBYTES_MAX], found[WINDOW_NBYTES_MAX];
     static const size_t pieces[] = {SIZE_MAX, 1000, 4096, 33333};
     const size_t piece = pieces[m->plan >> 20 & 3];
     fq_error at, at_other;
     const fq_status status = read_window(plain, off, nbytes, SIZE_MAX, expected, &at);
 
-    CHECK((read_window(other, off, nbytes, piece, found, &at_other) == FQ_OK) == (status == FQ_OK));
-    if (status == FQ_OK) {
-        CHECK(memcmp(expected, found, nbytes) == 0);
-    } else {
-        check_place(plain, other, &at);
-        check_place(plain, other, &at_other);
+    for (int times = 0; times < 2; times++) { /* the second time there is something in the cache */
+        memset(found, 0xaa, nbytes);
+        CHECK((read_window(other, off, nbytes, times ? 20000 : piece, found, &at_other) == FQ_OK) == (status == FQ_OK));
+        if (status == FQ_OK)
+            CHECK(memcmp(expected, found, nbytes) == 0);
+        else
+            check_place(plain, other, &at_other);
     }
-    if (off + nbytes <= EXPORT_NBYTES)
+    if (status != FQ_OK)
+        check_place(plain, other, &at);
+    if (off + nbytes <= WINDOW_NBYTES_MAX)
         check_export(m, plain, other, off, expected, nbytes, status == FQ_OK);
 }
 
@@ -220,7 +224,8 @@ static void compare_extents(const image *m, fq_reader *plain, fq_reader *other, 
         CHECK(count == count_of_other && memcmp(e, f, count * sizeof(*e)) == 0);
     for (size_t i = 0; i < count && nbytes < READ_NBYTES_MAX; i++) {
         const uint64_t before = e[i].guest_off < 700 ? e[i].guest_off : 700, off = e[i].guest_off - before;
-        const size_t n = size - off < WINDOW_NBYTES ? (size_t)(size - off) : WINDOW_NBYTES;
+        const uint64_t wanted = m->plan >> 22 & 1 ? WINDOW_NBYTES_MAX : WINDOW_NBYTES;
+        const size_t n = (size_t)(size - off < wanted ? size - off : wanted);
 
         CHECK(e[i].nbytes > 0 && e[i].guest_off < size && e[i].nbytes <= size - e[i].guest_off);
         CHECK(i == 0 ? e[i].guest_off == 0 : e[i].guest_off == e[i - 1].guest_off + e[i - 1].nbytes);

@@ -5,7 +5,8 @@
  */
 #include "fuzz.h"
 
-#include <sanitizer/common_interface_defs.h>
+/* Of the sanitizers, where the program is built with them. */
+void __sanitizer_set_death_callback(void (*callback)(void)) __attribute__((weak));
 
 enum { CHANGES_MAX = 4, MORE_NBYTES = 64 };
 
@@ -104,7 +105,8 @@ int main(int argc, char **argv)
     const unsigned long copies = argc > 1 ? strtoul(argv[1], NULL, 10) : 0;
 
     atexit(tell);
-    __sanitizer_set_death_callback(tell);
+    if (__sanitizer_set_death_callback)
+        __sanitizer_set_death_callback(tell);
     for (int i = 2; i < argc; i++)
         replay(argv[i], copies);
     CHECK(argc > 2);

@@ -40,6 +40,7 @@ from images import (
 BITS = 9
 CLUSTER = 1 << BITS
 AT = PAYLOAD * CLUSTER
+LARGE_NBYTES = 20_000
 CRYPTO, BITMAPS, FEATURES, DATA_FILE = 0x0537BE77, 0x23852875, 0x6803F857, 0x44415441
 
 
@@ -96,13 +97,41 @@ def made_by_hand() -> Iterator[bytes]:
     yield build([], cluster_bits=BITS, l1=[0] * 64, size=(1 << 63) - 512)
     yield build([], cluster_bits=BITS, size=0)
     yield build([one] * 4, plain, cluster_bits=BITS)[:-300]
-    big = noise(1 << 14)
-    bitmaps = [0, 1, 1 << 32, 0xFF0000FF, 0xFFFF0000_0000FFFF, 1 | 1 << 32]
-    yield build([(data_entry(PAYLOAD << 14), bitmap) for bitmap in bitmaps], big, cluster_bits=14, extended=True)
     for knobs in (1, 0x15, 0x2A6, 0x1787, 0x62E5, 0xF7E9, 0x1F_F3A5, 0x03AA_BFFF, 0x0700_0002):
         yield patched(
             build([one, packed, ZERO, 0, one], plain + stream + bytes(99), cluster_bits=BITS), 80, struct.pack(">Q", knobs)
         )
+
+
+def in_pieces(image: bytes, plan: int = 0) -> bytes:
+    """An image as fuzz/image.h has it in few bytes: the fields of its header, and its clusters without the zeroes at their ends."""
+    cluster_bits, size = struct.unpack_from(">IQ", image, 20)
+    l1_entries, l1_off, table_off, table_clusters = struct.unpack_from(">IQQI", image, 36)
+    incompatible, flags = image[79] if image[7] == 3 else 0, 16 | (image[7] == 2)
+    flags |= (2 if incompatible & 16 else 0) | (4 if incompatible & 4 else 0) | (8 if image[7] == 3 and incompatible & 8 else 0)
+    made = struct.pack(">BBQI", flags, cluster_bits, size, l1_off) + l1_entries.to_bytes(3, "big")
+    made += struct.pack(">IHBII", table_off, table_clusters, 4, l1_off, plan)
+    for at in range(0, len(image), 1 << cluster_bits):
+        piece = image[at : at + (1 << cluster_bits)].rstrip(b"\0") if at else b""
+        assert len(piece) < 0x1000
+        made += (bytes([len(piece)]) if len(piece) < 0xF0 else struct.pack(">H", 0xF000 | len(piece))) + piece
+    return made
+
+
+def of_large_clusters() -> Iterator[bytes]:
+    """Of 16 to 64 KiB: extended entries, and streams that are worth to be inflated ahead."""
+    for bits in (14, 16):
+        at, few = PAYLOAD << bits, text(900)
+        bitmaps = [0, 1, 1 << 32, 0xFF0000FF, 0xFFFF0000_0000FFFF, 1 | 1 << 32, (1 << 32) - 1]
+        extended = [(data_entry(at), bitmap) for bitmap in bitmaps] + [(0, 1 << 33), (0, 5)]
+        plain = (few * (1 + (1 << bits) // len(few)))[: 1 << bits]
+        streams = [deflate(plain), deflate(bytes(1 << bits)), zstandard.compress(plain)]
+        packed = [compressed_entry(at, len(streams[0]), bits), compressed_entry(at + len(streams[0]), len(streams[1]), bits)]
+        for plan in (0, 0x39, 0x0043_007B, 0x0033_8078, 0x0021_6079, 0x00F1_64B9):
+            yield in_pieces(build(extended, few, cluster_bits=bits, extended=True), plan)
+            yield in_pieces(build(packed * 8 + [0, ZERO, *packed], b"".join(streams[:2]) + bytes(512), cluster_bits=bits), plan)
+            entry = compressed_entry(at, len(streams[2]), bits)
+            yield in_pieces(build([entry] * 9, streams[2] + bytes(512), cluster_bits=bits, zstd=True), plan)
 
 
 def with_extensions() -> Iterator[bytes]:
@@ -135,7 +164,8 @@ def with_extensions() -> Iterator[bytes]:
 
 def images() -> Iterator[bytes]:
     yield from made_by_hand()
-    yield from made_by_qemu()
+    yield from of_large_clusters()
+    yield from (image for image in made_by_qemu() if len(image) < LARGE_NBYTES)  # a larger one would be cut
 
 
 def streams_of_libz() -> Iterator[bytes]:

@@ -18,26 +18,17 @@ static void fill(disk *d, input *in)
     d->nbytes = 0;
     while (in->left > 0) {
         const unsigned kind = (unsigned)take_number(in, 1), length = (unsigned)take_number(in, 1);
-        const size_t wanted = length & 128 ? (length & 127) * LONG_NBYTES : (size_t)length << (kind >> 5);
+        const size_t wanted = kind >= 0xe0 ? (size_t)length * LONG_NBYTES : (size_t)length << (kind >> 5);
         const size_t room = DISK_NBYTES_MAX - d->nbytes, n = wanted < room ? wanted : room;
         uint32_t value = (uint32_t)take_number(in, 1);
+        uint8_t *to = d->bytes + d->nbytes;
 
-        for (size_t i = 0; i < n; i++) {
-            uint8_t *to = &d->bytes[d->nbytes + i];
-
-            switch (kind & 3) {
-            case 0:
-                *to = 0;
-                break;
-            case 1:
-                *to = (uint8_t)value;
-                break;
-            case 2:
-                *to = (uint8_t)take_number(in, 1);
-                break;
-            default:
+        if ((kind & 3) < 2) {
+            memset(to, kind & 1 ? (int)value : 0, n);
+        } else {
+            for (size_t i = 0; i < n; i++) {
                 value = value * 1103515245 + 12345;
-                *to = (uint8_t)(value >> 16);
+                to[i] = kind & 1 ? (uint8_t)(value >> 16) : (uint8_t)take_number(in, 1);
             }
         }
         d->nbytes += n;
@@ -99,6 +90,18 @@ static void read_back(const disk *d, fq_reader *backing, int fd, const fq_write_
     fq_source_free(source);
 }
 
+static void write_with_holes(int fd, const disk *d)
+{
+    enum { PAGE = 4096 };
+
+    CHECK(ftruncate(fd, (off_t)d->nbytes) == 0 && lseek(fd, 0, SEEK_SET) == 0);
+    for (size_t at = 0, n; at < d->nbytes; at += n) {
+        n = d->nbytes - at < PAGE ? d->nbytes - at : PAGE;
+        if (!fq_is_zero(d->bytes + at, n))
+            CHECK(pwrite(fd, d->bytes + at, n, (off_t)at) == (ssize_t)n);
+    }
+}
+
 /* Where the disk comes from: a callback, a descriptor, or a stream. */
 typedef enum origin { BY_CALLBACK, BY_DESCRIPTOR, BY_STREAM } origin;
 
@@ -112,7 +115,7 @@ static void write_disk(const disk *d, origin origin, fq_reader *backing, const f
     fq_error error;
 
     if (origin != BY_CALLBACK)
-        CHECK(pwrite(emptied(&fd), d->bytes, d->nbytes, 0) == (ssize_t)d->nbytes && lseek(fd, 0, SEEK_SET) == 0);
+        write_with_holes(emptied(&fd), d);
     if (origin != BY_STREAM) {
         source = origin == BY_CALLBACK ? fq_source_callback(read_file, &f, d->nbytes) : fq_source_fd(fd, true);
         CHECK(source && fq_reader_open_raw(source, &options, &reader, &error) == FQ_OK);
