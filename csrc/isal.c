@@ -16,10 +16,16 @@ typedef struct isal {
     _Alignas(16) uint8_t work[];
 } isal;
 
+static const uint32_t work_nbytes[] = {ISAL_DEF_LVL0_DEFAULT, ISAL_DEF_LVL1_DEFAULT, ISAL_DEF_LVL2_DEFAULT, ISAL_DEF_LVL3_DEFAULT};
+
+static size_t state_nbytes_isal(int level, size_t in_nbytes)
+{
+    (void)in_nbytes;
+    return sizeof(isal) + work_nbytes[level];
+}
+
 static void *open_isal(int level)
 {
-    static const uint32_t work_nbytes[] = {ISAL_DEF_LVL0_DEFAULT, ISAL_DEF_LVL1_DEFAULT, ISAL_DEF_LVL2_DEFAULT,
-                                           ISAL_DEF_LVL3_DEFAULT};
     isal *e = calloc(1, sizeof(*e) + work_nbytes[level]);
 
     if (e) {
@@ -50,7 +56,7 @@ static fq_status run_isal(void *state, const uint8_t *in, size_t in_nbytes, uint
     return ret == COMP_OK || ret == STATELESS_OVERFLOW ? FQ_OK : FQ_ERR_ARGUMENT;
 }
 
-const fq_encoder fq_encoder_isal = {0, 3, open_isal, free, run_isal};
+const fq_encoder fq_encoder_isal = {0, 3, open_isal, free, state_nbytes_isal, run_isal};
 
 const char *fq_version_isal(void)
 {
