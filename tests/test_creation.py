@@ -188,7 +188,11 @@ def test_refused_by_name(raw: Path, out: Path, options: dict[str, Any], says: st
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["-O", "qcow2", "-o", "encryption=on"], "'encryption' is not an option of the format qcow2"),
+        *(
+            (["-O", "qcow2", "-o", f"{name}=on"], f"{name!r} is not an option of the format qcow2")
+            for name in ("size", "data_file", "data_file_raw", "encryption", "encrypt.format", "preallocation", "lazy_refcounts")
+        ),
+        (["-O", "qcow2", "-S", "32M"], "for a qcow2 image it can be up to 16777216"),
         (["-O", "qcow2", "-o", "cluster_size=many"], "cluster_size cannot be 'many'"),
         (["-O", "qcow2", "-o", "extended_l2=maybe"], "extended_l2 cannot be 'maybe'"),
         (["-O", "raw", "-o", "cluster_size=4k"], "'cluster_size' is not an option of the format raw"),

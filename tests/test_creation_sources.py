@@ -16,7 +16,8 @@ import pytest
 import fastqcow
 from conftest import Qemu
 from creating import SMALL, check, digest, out, raw, run, write
-from images import noise, text
+from images import mixed, noise, text
+from webserver import WebServer
 
 __all__ = ["out", "raw"]
 
@@ -132,3 +133,81 @@ def test_a_stream_that_never_ends_can_be_interrupted(out: Path) -> None:
     os.close(write_end)
     assert (process.returncode, stderr) == (130, b"fastqcow: interrupted\n")
     assert list(out.parent.iterdir()) == []
+
+
+def test_encrypted_source(qemu: Qemu, raw: Path, out: Path, tmp_path: Path) -> None:
+    pytest.importorskip("cryptography")
+    source = tmp_path / "secret.qcow2"
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10,cluster_size=4k"
+    qemu.img("convert", "--object", "secret,id=s,data=moo", "-f", "raw", "-O", "qcow2", "-o", options, raw, source)
+    (tmp_path / "password").write_text("moo")
+    run("convert", "-c", "-O", "qcow2", "--password-file", tmp_path / "password", source, out)
+    check(qemu, raw, out)
+    assert "encrypted" not in fastqcow.info(out)
+
+
+@pytest.mark.parametrize("snapshot", [False, True])
+def test_source_at_a_url(qemu: Qemu, raw: Path, out: Path, server: WebServer, snapshot: bool) -> None:
+    pytest.importorskip("fsspec")
+    pytest.importorskip("aiohttp")
+    source = out.with_name("source.qcow2")
+    qemu.img("convert", "-c", "-f", "raw", "-O", "qcow2", raw, source)
+    if snapshot:
+        qemu.img("snapshot", "-c", "before", source)
+        qemu.io(source, "write -P 3 0 1M")
+    server.files["disk.qcow2"] = source.read_bytes()
+    run("convert", "-c", "-O", "qcow2", *(("-l", "before") if snapshot else ()), server.url("disk.qcow2"), out)
+    check(qemu, raw, out)
+    by_url = digest(out)
+    fastqcow.convert(source, out, format="qcow2", compress=True) if not snapshot else write(raw, out)
+    assert digest(out) == by_url
+
+
+def test_source_with_holes(qemu: Qemu, out: Path, tmp_path: Path) -> None:
+    """Which are not read; and the file is that of the same disk without holes."""
+    sparse, dense = tmp_path / "sparse.raw", tmp_path / "dense.raw"
+    with open(sparse, "wb") as file:
+        file.truncate(40 << 20)
+        for at in (0, 3_000_000, 20 << 20, (40 << 20) - 512):
+            file.seek(at)
+            file.write(text(512) if at else text(100_000))
+    dense.write_bytes(sparse.read_bytes())
+    with fastqcow.open_raw(sparse) as disk:
+        fastqcow.convert(disk, out, format="qcow2", compress=True)
+        read = disk._open_reader().stats()["bytes_fetched"]
+    assert sparse.stat().st_blocks * 512 >= 40 << 20 or read < 4 << 20
+    check(qemu, sparse, out)
+    of_sparse = digest(out)
+    write(dense, out)
+    assert digest(out) == of_sparse
+    qemu.img("convert", "-f", "raw", "-O", "qcow2", sparse, tmp_path / "plain.qcow2")
+    fastqcow.convert(tmp_path / "plain.qcow2", out, format="qcow2", compress=True)
+    assert digest(out) == of_sparse
+
+
+def test_letters(qemu: Qemu, raw: Path, out: Path) -> None:
+    """-m, -p and -S on the command line; the file is the same."""
+    found = set()
+    for arguments in ([], ["-m", "1"], ["-m", "8", "-p"], ["-S", "64k"], ["-W"]):
+        run("convert", "-c", *arguments, "-f", "raw", "-O", "qcow2", raw, out)
+        found.add(digest(out))
+    assert len(found) == 1
+    run("convert", "-c", "-S", "0", "-f", "raw", "-O", "qcow2", raw, out)
+    check(qemu, raw, out)
+    assert fastqcow.check(out).allocated_clusters == -(-raw.stat().st_size // 65536)
+
+
+def test_ctrl_c_while_clusters_are_compressed(raw: Path, out: Path) -> None:
+    """Whatever was there before is there after."""
+    raw.write_bytes(mixed(20_000_000))
+    out.write_bytes(b"precious")
+    with subprocess.Popen(
+        [sys.executable, "-m", "fastqcow", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "compression_level=9", raw, out],
+        stderr=subprocess.PIPE,
+    ) as process:
+        while process.poll() is None and not any(p.name.endswith(".part") and p.stat().st_size for p in out.parent.iterdir()):
+            threading.Event().wait(0.01)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (130, b"fastqcow: interrupted\n")
+    assert [(p.name, p.read_bytes()) for p in out.parent.iterdir()] == [("disk.qcow2", b"precious")]
