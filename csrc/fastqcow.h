@@ -285,6 +285,7 @@ typedef struct fq_encoder {
     int level_min, level_max;
     void *(*open)(int level); /* NULL without memory */
     void (*close)(void *state);
+    size_t (*state_nbytes)(int level, size_t in_nbytes); /* at most, for clusters of so many bytes */
     /* *out_nbytes is 0 where the stream would take more than `room`. What it is does not depend on what was encoded before. */
     fq_status (*run)(void *state, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t room, size_t *out_nbytes);
 } fq_encoder;
@@ -302,8 +303,9 @@ typedef struct fq_write_options {
     uint32_t refcount_order;
     const fq_encoder *encoder; /* NULL: clusters are stored as they are */
     int level;
-    bool dense;           /* clusters of zeroes are stored as any others */
-    unsigned threads;     /* at most, the calling one included */
+    uint64_t grain;       /* clusters of zeroes are left out; but where nothing is compressed, and whole blocks of so many bytes
+                             (a power of two) are larger, only those in blocks of zeroes; 0: none is */
+    unsigned threads;     /* at most, the calling one included; fewer where they would take too much memory */
     size_t tables_nbytes; /* so much of L2 tables, and of refcount blocks, is kept in memory, to lie side by side; 0: the usual */
 } fq_write_options;
 

@@ -186,7 +186,7 @@ cdef extern from "fastqcow.h" nogil:
         uint32_t refcount_order
         const fq_encoder *encoder
         int level
-        bint dense
+        uint64_t grain
         unsigned threads
         size_t tables_nbytes
 

@@ -31,7 +31,7 @@ def write(
     refcount_order: int,
     encoder: object,
     level: int,
-    dense: bool,
+    grain: int,
     threads: int,
     tables_nbytes: int,
 ) -> Written: ...

@@ -5,7 +5,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.string cimport memset
 
 from fastqcow cimport _core, _reader
-from fastqcow._core cimport fq_encoder, fq_error, fq_reader, fq_status, fq_write_options, fq_written, uint32_t
+from fastqcow._core cimport fq_encoder, fq_error, fq_reader, fq_status, fq_write_options, fq_written, uint32_t, uint64_t
 from fastqcow._reader cimport Reader, Request, check
 
 
@@ -24,7 +24,7 @@ def write(
     uint32_t refcount_order,
     encoder,
     int level,
-    bint dense,
+    uint64_t grain,
     unsigned threads,
     size_t tables_nbytes,
 ):
@@ -52,7 +52,7 @@ def write(
     if encoder is not None:
         options.encoder = <const fq_encoder *>PyCapsule_GetPointer(encoder, "fastqcow.encoder")
     options.level = level
-    options.dense = dense
+    options.grain = grain
     options.threads = threads
     options.tables_nbytes = tables_nbytes
     with nogil:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["Conversion", "convert", "refuse_source"]
 
 SPARSE_SIZE = 4096
+_SPARSE_SIZE_MAX = 16 << 20  # of qcow2 images; as for QEMU
 Preallocation: TypeAlias = Literal["off", "falloc", "full"]
 
 
@@ -67,7 +68,9 @@ def convert(
         options: of a qcow2 image, see `fastqcow.Qcow2Options`. The same disk and options make the same file, byte for byte, on any
             number of threads.
         sparse_size: runs of zeroes of so many bytes (a multiple of 512) become holes; 0 allocates the whole target. In a qcow2
-            image it is clusters of zeroes that are left out, whatever the number, and with 0 none is.
+            image it is clusters of zeroes that are left out, and with 0 none is. If it is more than a cluster, and nothing is
+            compressed, only those are that lie in a block of zeroes: so many bytes (rounded down to a power of two; at most 16 MiB)
+            from a multiple of them on.
         preallocation: of the target's space, as for QEMU: "off"; "falloc" reserves all of it; "full" also writes all of it.
         copy_offload: plain clusters are copied by the kernel where it can (at no cost, where the file system shares blocks between
             files), and not searched for zeroes.
@@ -91,7 +94,7 @@ def convert(
         for name, given in (("preallocation", preallocation != "off"), ("copy_offload", copy_offload), ("in_place", in_place)):
             if given:
                 raise ValueError(f"{name} is for raw targets; a qcow2 image is always written anew, and grows as it is written")
-        return _to_qcow2(src, dst, options, compress, sparse_size == 0, threads, progress)
+        return _to_qcow2(src, dst, options, compress, sparse_size, threads, progress)
     if compress or options:
         name = "compress" if compress else next(iter(options))
         raise ValueError(f"{name} is for qcow2 targets; with format='qcow2' there is one")
@@ -140,7 +143,7 @@ def _to_qcow2(
     dst: Path,
     options: Qcow2Options,
     compress: bool,
-    dense: bool,
+    sparse_size: int,
     threads: int | None,
     progress: Callable[[int, int], object] | None,
 ) -> Conversion:
@@ -148,6 +151,8 @@ def _to_qcow2(
     from fastqcow import _write
     from fastqcow.creation import RawStream, check_header, header_of, make_plan, open_backing_of
 
+    if sparse_size > _SPARSE_SIZE_MAX:
+        raise ValueError(f"sparse_size is {sparse_size}; for a qcow2 image it can be up to {_SPARSE_SIZE_MAX}")
     plan = make_plan(options, compress=compress)
     check_header(plan)
     started = time.perf_counter()
@@ -184,7 +189,7 @@ def _to_qcow2(
             refcount_order=plan.refcount_order,
             encoder=plan.encoder,
             level=plan.level,
-            dense=dense,
+            grain=1 << sparse_size.bit_length() - 1 if sparse_size else 0,
             threads=threads,
             tables_nbytes=0,
         )
