@@ -7,9 +7,10 @@ it lets that read finish; the last one out frees.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_READ, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stddef cimport ptrdiff_t
 from libc.stdlib cimport calloc, free
@@ -62,10 +63,13 @@ cdef enum:
 cdef class Request:
     """One call of the core: what to poll for, and what a callback raised."""
 
-    def __cinit__(self, progress=None):
+    def __cinit__(self, progress=None, digest=None):
         self.progress = progress
+        self.digest = digest
         self.c.user = <void *>self
         self.c.poll = poll
+        if digest is not None:
+            self.c.digest = update_digest
 
     def stopped(self):
         """Whether what is read for it is not wanted any more."""
@@ -91,6 +95,22 @@ cdef int poll_python(void *user, uint64_t done_nbytes) noexcept with gil:
     except BaseException as e:
         note(request, e)
         return 1
+    return 0
+
+
+ZEROES = bytes(1 << 20)
+
+
+cdef int update_digest(void *user, const uint8_t *data, uint64_t nbytes) noexcept with gil:
+    request = <Request>user
+    try:
+        if data == NULL:
+            request.digest.update(memoryview(ZEROES)[:nbytes])
+        else:
+            request.digest.update(PyMemoryView_FromMemory(<char *>data, nbytes, PyBUF_READ))
+    except BaseException as e:
+        note(request, e)
+        return -1
     return 0
 
 
@@ -513,12 +533,13 @@ cdef class Reader:
         finally:
             free(found)
 
-    def export(self, int fd, path, uint64_t grain, bint reads_zero, bint offload, progress):
-        """Write the whole disk to a descriptor, by position; `path` is its name in errors. progress is called with the bytes done.
+    def export(self, int fd, path, uint64_t grain, bint reads_zero, bint offload, progress, digest):
+        """Write the whole disk to a descriptor, by position; `path` is its name in errors. progress is called with the bytes done, the
+        `update` of `digest`, if it is not None, with all bytes in their order.
 
         Returns the bytes written as data.
         """
-        cdef Request request = Request(progress)
+        cdef Request request = Request(progress, digest)
         cdef fq_target target
         cdef uint64_t written
         cdef fq_error error
