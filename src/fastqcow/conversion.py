@@ -243,8 +243,12 @@ def _to_qcow2(
 def _put(fd: int, data: bytes, target: str) -> None:
     """Write to the start of the target."""
     with _naming(target):
-        if os.pwrite(fd, data, 0) != len(data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        done = 0
+        while done < len(data):
+            count = os.pwrite(fd, data[done:], done)
+            if count == 0:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            done += count
 
 
 def refuse_source(reader: Reader, target: str) -> None:
@@ -288,7 +292,8 @@ def _in_place(target: str, nbytes: int) -> Iterator[tuple[int, bool]]:
                 raise ValueError(f"{target}: the target has {room} bytes, and the image {nbytes}")
         yield fd, False
     finally:
-        os.close(fd)
+        with _naming(target):
+            os.close(fd)
 
 
 @contextlib.contextmanager
@@ -308,8 +313,10 @@ def _replaced(target: str) -> Iterator[tuple[int, bool]]:
                 os.fchmod(fd, mode)
             yield fd, True
         finally:
-            os.close(fd)
-        os.replace(temporary, target)
+            with _naming(target):
+                os.close(fd)  # some file systems say only now that there was no room
+        with _naming(target):
+            os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
