@@ -156,16 +156,11 @@ def test_damaged_images(
     assert all(path.read_bytes() == image for path, image in sound.items())
 
 
-def compare(
-    daemon: Daemon,
-    path: Path,
-    options: dict[str, Any],
-    rng: random.Random,
-    before: dict[tuple[int, int], bytes | None],
-    asked: list[int],
-) -> str:
-    """Who of the two has read how much of the image. QEMU is asked for what is not as it was before the damage, for the places where
-    that is likely to show, and for a few others."""
+def compare(daemon: Daemon, path: Path, options: dict[str, Any], rng: random.Random, before: Parts, asked: list[int]) -> str:
+    """Who of the two has read how much of the image.
+
+    QEMU is asked for what is not as it was before the damage, for the places where that is likely to show, and for a few others.
+    """
     ours, size = read_by_us(path, rng)
     others = set(rng.sample(sorted(ours or ()), min(len(ours or ()), OTHER_PARTS)))
     parts = [
