@@ -278,24 +278,29 @@ typedef struct fq_target {
 fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                     const fq_request *request, fq_error *error);
 
-/* ---- Writing (write.c, encode.c, space.c) */
+/* ---- Writing (write.c, encode.c, isal.c, space.c) */
 
-typedef enum fq_encoding {
-    FQ_ENCODING_NONE, /* clusters are stored as they are */
-    FQ_ENCODING_LIBZ, /* raw deflate with a window of 4 KiB, by libz: levels 1 to 9 */
-    FQ_ENCODING_ISAL, /* the same by ISA-L, where it is built in: levels 0 to 3 */
-    FQ_ENCODING_ZSTD, /* levels 1 to 19 */
-    FQ_ENCODING_COUNT
-} fq_encoding;
+/* What makes a cluster a stream, from any thread, each with a state of its own. */
+typedef struct fq_encoder {
+    int level_min, level_max;
+    void *(*open)(int level); /* NULL without memory */
+    void (*close)(void *state);
+    /* *out_nbytes is 0 where the stream would take more than `room`. What it is does not depend on what was encoded before. */
+    fq_status (*run)(void *state, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t room, size_t *out_nbytes);
+} fq_encoder;
 
-/* "2.30" and such; NULL where it is not built in. */
-const char *fq_version_isal(void);
+extern const fq_encoder fq_encoder_libz; /* raw deflate with a window of 4 KiB, by libz: levels 1 to 9 */
+extern const fq_encoder fq_encoder_zstd; /* levels 1 to 19 */
+#ifdef FQ_HAVE_ISAL
+extern const fq_encoder fq_encoder_isal; /* raw deflate with the same window, by ISA-L: levels 0 to 3 */
+const char *fq_version_isal(void);       /* "2.30.0" and such */
+#endif
 
 typedef struct fq_write_options {
     int fd;               /* written by position, from the second cluster on: the first is the header's, and the caller's */
     fq_geometry geometry; /* of the image: its codec and external_data do not count */
     uint32_t refcount_order;
-    fq_encoding encoding;
+    const fq_encoder *encoder; /* NULL: clusters are stored as they are */
     int level;
     bool dense;           /* clusters of zeroes are stored as any others */
     unsigned threads;     /* at most, the calling one included */
@@ -410,8 +415,8 @@ typedef struct fq_l1_range {
 fq_status fq_check_open(fq_source *source, const fq_check_options *options, const fq_request *request, fq_check **out,
                         fq_error *error);
 void fq_check_close(fq_check *check);
-/* Count a reference to a range of the file. */
-fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error);
+/* Count `times` references to a range of the file. */
+fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, uint64_t times, fq_error *error);
 /* Check L1 entries and collect the L2 tables that they point to. The ranges that are given must not overlap. */
 fq_status fq_check_l1(fq_check *check, const fq_l1_range *range, const fq_request *request, fq_error *error);
 /* Check entries of bitmaps' tables that lie side by side, and belong to `times` tables. The ranges given must not overlap either.

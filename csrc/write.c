@@ -65,7 +65,7 @@ typedef struct write_job {
 
 /* What one thread has for itself. */
 typedef struct bench {
-    fq_encoder *encoder;
+    void *encoder;       /* its state; NULL where there is none */
     uint8_t *in, *below; /* a stretch, and the same of the backing file */
     bool by_caller;
 } bench;
@@ -156,9 +156,11 @@ static fq_status read_stream(write_job *w, uint8_t *buf, size_t nbytes, size_t *
 
         if (is_caller)
             fq_job_poll(&w->job);
-        if (poll(&wanted, 1, FQ_POLL_MS) <= 0) /* also for a signal: a read would wait on */
+        n = poll(&wanted, 1, FQ_POLL_MS); /* a signal ends it, where a read would wait on */
+        if (n == 0)
             continue;
-        n = read(w->stream, buf + *got, nbytes - *got);
+        if (n > 0)
+            n = read(w->stream, buf + *got, nbytes - *got);
         if (n < 0 && (errno == EINTR || errno == EAGAIN))
             continue;
         if (n < 0) {
@@ -276,7 +278,7 @@ static fq_status encode_cluster(const write_job *w, const bench *b, const uint8_
     }
     if (b->encoder) {
         size_t n;
-        const fq_status status = fq_encoder_run(b->encoder, cluster, nbytes, out, nbytes - 1, &n);
+        const fq_status status = w->o->encoder->run(b->encoder, cluster, nbytes, out, nbytes - 1, &n);
 
         if (status != FQ_OK)
             return status;
@@ -439,25 +441,24 @@ static void write_main(void *arg, bool is_caller)
 {
     write_job *w = arg; /* the job is its first member */
     bench b = {.by_caller = is_caller};
-    fq_status status = FQ_OK;
+    const fq_encoder *encoder = w->o->encoder;
 
     b.in = malloc((size_t)w->stretch_nbytes);
     if (w->backing)
         b.below = malloc((size_t)w->stretch_nbytes);
-    if (!b.in || (w->backing && !b.below))
-        status = FQ_ERR_NOMEM;
-    else if (w->o->encoding != FQ_ENCODING_NONE)
-        status = fq_encoder_new(w->o->encoding, w->o->level, &b.encoder);
-    if (status != FQ_OK) {
+    if (encoder)
+        b.encoder = encoder->open(w->o->level);
+    if (!b.in || (w->backing && !b.below) || (encoder && !b.encoder)) {
         fq_error error;
 
-        fq_fail(&error, status, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
+        fq_fail(&error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
         fq_job_fail(&w->job, &error);
     }
     while (!atomic_load(&w->job.stop) && write_once(w, &b))
         if (is_caller)
             fq_job_poll(&w->job);
-    fq_encoder_free(b.encoder);
+    if (b.encoder)
+        encoder->close(b.encoder);
     free(b.in);
     free(b.below);
 }
@@ -493,6 +494,8 @@ static bool are_sound(const fq_write_options *o)
 {
     const fq_geometry *g = &o->geometry;
 
+    if (o->encoder && (o->level < o->encoder->level_min || o->level > o->encoder->level_max))
+        return false;
     return (g->version == 2 || g->version == 3) && g->cluster_bits >= (g->extended_l2 ? 14 : 9) && g->cluster_bits <= 21 &&
            !(g->version == 2 && (g->extended_l2 || o->refcount_order != 4)) && o->refcount_order <= 6 && o->threads > 0;
 }

@@ -22,12 +22,11 @@ import pytest
 
 import fastqcow
 from conftest import Qemu
-from fastqcow import _write
 from fastqcow.cli import main
 from images import mixed, noise, text
 from serving import has_nbdkit
 
-needs_isal = pytest.mark.skipif(_write.isal_version() is None, reason="built without ISA-L")
+needs_isal = pytest.mark.skipif(fastqcow.build_info().isal is None, reason="built without ISA-L")
 CONTENTS = mixed(5_000_000) + bytes(3_000_000) + noise(300_000) + text(700_000) + bytes(1024)
 SMALL = text(40_000) + bytes(70_000) + noise(20_000) + text(69_616)
 
@@ -432,6 +431,37 @@ def test_a_stream_that_never_ends_can_be_interrupted(out: Path) -> None:
     os.close(write_end)
     assert (process.returncode, stderr) == (130, b"fastqcow: interrupted\n")
     assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_child_writes_while_its_parent_reads(raw: Path, out: Path, tmp_path: Path) -> None:
+    """From a reader of the parent's, in whose cache clusters were being inflated when the child was forked."""
+    source = tmp_path / "disk.qcow2"
+    write(raw, source)
+    expected = digest(source)
+    with fastqcow.open(source, cache_size=4 << 20) as image:
+        stop = threading.Event()
+
+        def read_on() -> None:
+            while not stop.is_set():
+                for off in range(0, image.size, 65536):
+                    image.pread(512, off)
+
+        readers = [threading.Thread(target=read_on) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        try:
+            for _ in range(10):
+                pid = os.fork()
+                if pid == 0:
+                    signal.alarm(20)
+                    fastqcow.convert(image, out, format="qcow2", compress=True)
+                    os._exit(0 if digest(out) == expected else 1)
+                assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+        finally:
+            stop.set()
+            for reader in readers:
+                reader.join()
 
 
 def test_progress(raw: Path, out: Path) -> None:

@@ -9,6 +9,8 @@ ZERO: int
 ZERO_ALLOC: int
 DATA: int
 COMPRESSED: int
+LIBZ: object
+ZSTD: object
 
 class Stats(TypedDict):
     clusters_inflated: int

@@ -10,6 +10,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stddef cimport ptrdiff_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -30,6 +31,8 @@ from fastqcow._core cimport (
     fq_stats,
     fq_status,
     fq_target,
+    fq_write_options,
+    fq_written,
     uint8_t,
     uint32_t,
     uint64_t,
@@ -46,9 +49,14 @@ ZERO_ALLOC = <int>_core.FQ_ZERO_ALLOC
 DATA = <int>_core.FQ_DATA
 COMPRESSED = <int>_core.FQ_COMPRESSED
 
+# Encoders, for _write.
+LIBZ = PyCapsule_New(<void *>&_core.fq_encoder_libz, "fastqcow.encoder", NULL)
+ZSTD = PyCapsule_New(<void *>&_core.fq_encoder_zstd, "fastqcow.encoder", NULL)
+
 cdef enum:
-    # Reads from here on look after signals and so can be interrupted; smaller ones take less than a tenth of a second.
-    INTERRUPTIBLE_NBYTES = 16 << 20
+    # Reads from here on look after signals and so can be interrupted; smaller ones take less than a tenth of a second. (Or a second,
+    # of streams that are made to be slow, and then of one cluster of 2 MiB.)
+    INTERRUPTIBLE_NBYTES = 1 << 20
 
 
 cdef class Request:
@@ -64,7 +72,15 @@ cdef class Request:
         return self.exception is not None
 
 
-cdef int poll(void *user, uint64_t done_nbytes) noexcept with gil:
+# Callbacks are in two parts. An interpreter that is being shut down ends the threads that want the GIL, and one that is gone has none: so
+# those that still read then, which daemon threads alone do, have to fail without it. The second part takes it before its first line.
+
+
+cdef int poll(void *user, uint64_t done_nbytes) noexcept nogil:
+    return poll_python(user, done_nbytes) if Py_IsInitialized() else 1
+
+
+cdef int poll_python(void *user, uint64_t done_nbytes) noexcept with gil:
     request = <Request>user
     if request.exception is not None:
         return 1
@@ -85,7 +101,11 @@ cdef void note(Request request, exception) noexcept:
             request.exception = exception
 
 
-cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept with gil:
+cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept nogil:
+    return read_file_python(opaque, user, buf, nbytes, host_off) if Py_IsInitialized() else -1
+
+
+cdef ptrdiff_t read_file_python(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept with gil:
     source = <Source>opaque
     try:
         return source.read_file(buf, nbytes, host_off)
@@ -95,7 +115,11 @@ cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, 
         return -1
 
 
-cdef int read_ranges(void *opaque, void *user, fq_range *ranges, size_t count) noexcept with gil:
+cdef int read_ranges(void *opaque, void *user, fq_range *ranges, size_t count) noexcept nogil:
+    return read_ranges_python(opaque, user, ranges, count) if Py_IsInitialized() else -1
+
+
+cdef int read_ranges_python(void *opaque, void *user, fq_range *ranges, size_t count) noexcept with gil:
     source = <Source>opaque
     try:
         return source.read_ranges(ranges, count, None if user == NULL else <Request>user)
@@ -253,7 +277,11 @@ cdef class Source:
         return data if got == nbytes else data[:got]
 
 
-cdef int run_cipher(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks, size_t nbytes) noexcept with gil:
+cdef int run_cipher(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks, size_t nbytes) noexcept nogil:
+    return run_cipher_python(opaque, user, cipher, blocks, nbytes) if Py_IsInitialized() else -1
+
+
+cdef int run_cipher_python(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks, size_t nbytes) noexcept with gil:
     crypt = <Crypt>opaque
     try:
         out = crypt.ciphers[<int>cipher](PyBytes_FromStringAndSize(<char *>blocks, nbytes))
@@ -516,3 +544,15 @@ cdef uint64_t check_offset(guest_off) except? 0xffffffffffffffff:
     if guest_off < 0:
         raise ValueError(f"the offset is {guest_off}; it cannot be negative")
     return min(guest_off, 0x7fffffffffffffff)
+
+
+cdef fq_status write(
+    fq_reader *reader,
+    int stream,
+    fq_reader *backing,
+    const fq_write_options *options,
+    fq_written *written,
+    const fq_request *request,
+    fq_error *error,
+) noexcept nogil:
+    return _core.fq_write(reader, stream, backing, options, written, request, error)

@@ -3,11 +3,6 @@ from typing import TypedDict
 
 from fastqcow._reader import Reader
 
-NONE: int
-LIBZ: int
-ISAL: int
-ZSTD: int
-
 class Written(TypedDict):
     size: int
     nbytes: int
@@ -34,10 +29,9 @@ def write(
     cluster_bits: int,
     extended_l2: bool,
     refcount_order: int,
-    encoding: int,
+    encoder: object,
     level: int,
     dense: bool,
     threads: int,
     tables_nbytes: int,
 ) -> Written: ...
-def isal_version() -> str | None: ...

@@ -182,7 +182,7 @@ def _to_qcow2(
             cluster_bits=plan.cluster_bits,
             extended_l2=plan.extended_l2,
             refcount_order=plan.refcount_order,
-            encoding=plan.encoding,
+            encoder=plan.encoder,
             level=plan.level,
             dense=dense,
             threads=threads,

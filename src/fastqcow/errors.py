@@ -74,9 +74,18 @@ def place_text(guest_off: int | None, host_off: int | None, value: int | None) -
     return f" ({where})" if where else ""
 
 
+class _Printable(dict[int, str]):
+    """What stands for a character: each is looked at once, in however long a text."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        self[code] = character if character.isprintable() else ascii(character)[1:-1]
+        return self[code]
+
+
 def printable(text: str) -> str:
     """The text in one line that does nothing to a terminal: names in it come from the image."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else text.translate(_Printable())
 
 
 def _restore(cls: type[Error], reason: str, state: dict[str, object]) -> Error:

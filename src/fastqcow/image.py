@@ -276,5 +276,5 @@ def open_raw(source: Path | BinaryFile, *, whole_sectors: bool = False, threads:
     """
     opened = open_source(source)
     size = opened.size + 511 & ~511 if whole_sectors else opened.size
-    reader = _reader.Reader.raw(opened, size, **make_options(threads=threads).sizes(largest_cluster=0))
+    reader = _reader.Reader.raw(opened, size, **make_options(threads=threads).sizes(largest_cluster=0, layers=1))
     return DiskFile(reader, Origin(open_raw, lasting(source), {"whole_sectors": whole_sectors, "threads": threads}))
