@@ -1,6 +1,6 @@
 /*
- * write.c - a disk, written as an image and read back: its bytes, tables that a check finds nothing wrong with, and the same file from
- * however many threads
+ * write.c - a disk, written as an image and read back: its bytes, tables that a check finds nothing wrong with, and the same file
+ * from however many threads
  *
  * The input is options, and the disk in pieces: what a piece holds, how long it is, and a byte.
  */
@@ -57,7 +57,8 @@ static void check_tables(fq_source *source, const fq_write_options *o, const fq_
 
     CHECK(fq_check_open(source, &options, NULL, &c, &error) == FQ_OK);
     CHECK(fq_check_use(c, FQ_ROLE_HEADER, 0, cluster_size, 1, &error) == FQ_OK);
-    CHECK(fq_check_use(c, FQ_ROLE_REFCOUNT_TABLE, w->refcount_table_off, w->refcount_table_clusters * cluster_size, 1, &error) == FQ_OK);
+    CHECK(fq_check_use(c, FQ_ROLE_REFCOUNT_TABLE, w->refcount_table_off, w->refcount_table_clusters * cluster_size, 1, &error) ==
+          FQ_OK);
     CHECK(fq_check_use(c, FQ_ROLE_L1, w->l1_off, (uint64_t)w->l1_entries * 8, 1, &error) == FQ_OK);
     CHECK(fq_check_l1(c, &l1, NULL, &error) == FQ_OK && fq_check_finish(c, NULL, &error) == FQ_OK);
     found = fq_check_result(c);
@@ -152,14 +153,16 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
     const unsigned cluster_bits = 9 + (unsigned)take_number(&in, 1) % 9;
     const unsigned flags = (unsigned)take_number(&in, 1), more = (unsigned)take_number(&in, 1);
     const int level_max = encoder && encoder->level_max < LEVELS_MAX ? encoder->level_max : LEVELS_MAX;
-    const int above = (int)take_number(&in, 1), level = encoder ? encoder->level_min + above % (level_max - encoder->level_min + 1) : 0;
+    const int above = (int)take_number(&in, 1),
+              level = encoder ? encoder->level_min + above % (level_max - encoder->level_min + 1) : 0;
     const bool extended = flags & 1 && cluster_bits >= 14, is_v2 = flags & 2 && !extended;
-    fq_write_options o = {.geometry = {is_v2 ? 2 : 3, cluster_bits, extended, false, encoder == &fq_encoder_zstd ? FQ_CODEC_ZSTD : FQ_CODEC_DEFLATE},
-                          .refcount_order = is_v2 ? 4 : more % 7,
-                          .encoder = encoder,
-                          .level = level,
-                          .dense = flags & 4,
-                          .tables_nbytes = flags & 8 ? 1 : 0};
+    fq_write_options o = {
+        .geometry = {is_v2 ? 2 : 3, cluster_bits, extended, false, encoder == &fq_encoder_zstd ? FQ_CODEC_ZSTD : FQ_CODEC_DEFLATE},
+        .refcount_order = is_v2 ? 4 : more % 7,
+        .encoder = encoder,
+        .level = level,
+        .dense = flags & 4,
+        .tables_nbytes = flags & 8 ? 1 : 0};
     file f = {base.bytes, 0};
     fq_source *source = NULL;
     fq_reader *backing = NULL;
