@@ -4,8 +4,8 @@
  * Deflate is tried with libdeflate, which is over twice as fast as libz but only knows whole streams: it fails where the stream
  * goes on past the cluster, or stops without an end mark. QEMU takes both (it asks of libz only that the cluster be full), so
  * whatever libdeflate does not take is put to libz, and libz's verdict is the verdict. The second try costs time on damaged
- * clusters alone. The other way round a difference is left: libdeflate takes the length symbols 286 and 287 and the distance
- * symbols 30 and 31, which no encoder writes and libz refuses.
+ * clusters alone. The other way round a difference is left: libdeflate takes some streams that no encoder writes and libz refuses,
+ * for symbols and codes that mean nothing (fuzz/inflater.h says which). To find them takes to inflate a second time.
  *
  * A stream that is longer than a cluster goes to libz alone. No encoder keeps one, but somebody may make one to keep us busy: of
  * nothing but codes to be built, which takes libdeflate several times as long.

@@ -1,4 +1,4 @@
-"""Sums up what gcov says of the files of csrc: lines and branches that ran. Of a header, what did so in the file that uses it most."""
+"""Sums up what gcov says of csrc, file by file: lines and branches that ran. Of a header, in the file that uses it most."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ for block in sys.stdin.read().split("File '")[1:]:
         percent, count = (float(branches[1]), int(branches[2])) if branches else (0.0, 0)
         run = Run(float(lines[1]) * int(lines[2]), int(lines[2]), percent * count, count)
         found[name[1]] = max(run, found.get(name[1], run))
-for name, run in {**found, "all": Run(*map(sum, zip(*found.values(), strict=True)))}.items():  # type: ignore[arg-type]
-    print(f"{name:12} {run.lines_run / run.lines:6.1f}% of {run.lines:5} lines", end="")
+found["all"] = Run(*(sum(column) for column in zip(*found.values(), strict=True)))
+for file, run in found.items():
+    print(f"{file:12} {run.lines_run / run.lines:6.1f}% of {run.lines:5} lines", end="")
     print(f" {run.branches_run / run.branches:6.1f}% of {run.branches:5} branches" if run.branches else "")

@@ -1,8 +1,8 @@
 /*
  * crypt.c - sectors encrypted with a toy of a cipher come back, in every mode, and nothing beside them is touched
  *
- * The input is the mode, the vectors, the size of a block and how many sectors, a byte each; the number of the first sector, in eight
- * bytes; at which call the cipher fails, in one; and the sectors' contents, which are repeated.
+ * The input is the mode, the vectors, the size of a block and how many sectors, a byte each; the number of the first sector, in
+ * eight bytes; at which call the cipher fails, in one; and the sectors' contents, which are repeated.
  */
 #include "fuzz.h"
 #include "toycipher.h"
@@ -37,8 +37,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
         for (size_t i = 0; i < sectors; i++)
             encrypt_sector(&c, buf + i * FQ_SECTOR_NBYTES, first + i);
         t.calls = 0;
-        status = fq_crypt_decrypt(&c, (void *)(uintptr_t)&keys, buf, all, first,
-                                  guarded_at(&work_room, side, FQ_CRYPT_WORK_NBYTES));
+        status =
+            fq_crypt_decrypt(&c, (void *)(uintptr_t)&keys, buf, all, first, guarded_at(&work_room, side, FQ_CRYPT_WORK_NBYTES));
         if (t.fails_at && t.calls >= t.fails_at)
             CHECK(status == FQ_ERR_DECRYPT && t.calls == t.fails_at);
         else

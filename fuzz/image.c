@@ -1,8 +1,8 @@
 /*
  * image.c - an image, read in several ways, which must agree in bytes and in verdict
  *
- * One reader is plain: one thread, no cache, a callback. The other one has threads, a cache, and a source of another kind, and reads
- * in pieces and to scattered buffers. Both have the same layers below them, and the same toy of a cipher, if any.
+ * One reader is plain: one thread, no cache, a callback. The other one has threads, a cache, and a source of another kind, and
+ * reads in pieces and to scattered buffers. Both have the same layers below them, and the same toy of a cipher, if any.
  */
 #include "image.h"
 
@@ -77,7 +77,8 @@ static fq_reader_options options_of(const image *m, bool plain)
                            .threads = plain ? 1 : threads_of(m)};
 
     if (m->plan >> 7 & 1)
-        o.crypt = (fq_crypt){(fq_mode)(m->plan >> 8 & 3), (fq_iv)((m->plan >> 10 & 3) % FQ_IV_COUNT), 16, m->plan >> 12 & 1, run_cipher, NULL};
+        o.crypt = (fq_crypt){
+            (fq_mode)(m->plan >> 8 & 3), (fq_iv)((m->plan >> 10 & 3) % FQ_IV_COUNT), 16, m->plan >> 12 & 1, run_cipher, NULL};
     return o;
 }
 
@@ -169,7 +170,8 @@ static void check_export(const image *m, fq_reader *plain, fq_reader *r, uint64_
     static int fd = -1;
     static uint8_t found[WINDOW_NBYTES_MAX];
     const bool reads_zero = m->plan >> 16 & 1;
-    const fq_target target = {emptied(&fd), (m->plan >> 17 & 3) == 0 ? 0 : UINT64_C(256) << (m->plan >> 17 & 3) * 2, reads_zero, m->plan >> 19 & 1};
+    const fq_target target = {emptied(&fd), (m->plan >> 17 & 3) == 0 ? 0 : UINT64_C(256) << (m->plan >> 17 & 3) * 2, reads_zero,
+                              m->plan >> 19 & 1};
     uint64_t written;
     fq_error error;
     fq_status status;
@@ -268,7 +270,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
     if (opened) {
         compare_extents(&m, plain.reader, other.reader, m.size);
         if (m.size > 0)
-            compare_window(&m, plain.reader, other.reader, m.size - (m.size < 5000 ? m.size : 5000), m.size < 5000 ? (size_t)m.size : 5000);
+            compare_window(&m, plain.reader, other.reader, m.size - (m.size < 5000 ? m.size : 5000),
+                           m.size < 5000 ? (size_t)m.size : 5000);
         if (m.plan >> 15 & 1)
             compare_snapshot(&m, &plain, &other);
     }

@@ -1,9 +1,9 @@
 /*
  * image.h - an input as an image: what its header says, which in the project Python reads and checks (src/fastqcow/header.py)
  *
- * An input that starts like a qcow2 image is one, so that images are seeds; the header's fields that the core has no use for say what
- * is done with it. Any other input has the fields in its first bytes, one by one, and behind them pieces of the file, each of which
- * begins with its length and stands at the start of a cluster; so a file of large clusters is made of few bytes.
+ * An input that starts like a qcow2 image is one, so that images are seeds; the header's fields that the core has no use for say
+ * what is done with it. Any other input has the fields in its first bytes, one by one, and behind them pieces of the file, each of
+ * which begins with its length and stands at the start of a cluster; so a file of large clusters is made of few bytes.
  */
 #ifndef FASTQCOW_FUZZ_IMAGE_H
 #define FASTQCOW_FUZZ_IMAGE_H
@@ -86,7 +86,8 @@ static inline bool read_header(const uint8_t *data, size_t nbytes, image *m)
         input in = {data, nbytes};
         const unsigned flags = (unsigned)take_number(&in, 1);
 
-        *g = (fq_geometry){flags & 1 ? 2 : 3, (uint32_t)take_number(&in, 1), flags & 2, flags & 4, flags >> 3 & 1 ? FQ_CODEC_ZSTD : FQ_CODEC_DEFLATE};
+        *g = (fq_geometry){flags & 1 ? 2 : 3, (uint32_t)take_number(&in, 1), flags & 2, flags & 4,
+                           flags >> 3 & 1 ? FQ_CODEC_ZSTD : FQ_CODEC_DEFLATE};
         m->size = take_number(&in, 8);
         m->l1_off = take_number(&in, 4);
         m->l1_entries = (uint32_t)take_number(&in, 3);

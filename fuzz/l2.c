@@ -87,7 +87,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
 {
     input in = {data, nbytes};
     const unsigned flags = (unsigned)take_number(&in, 1), cluster_bits = 9 + (unsigned)take_number(&in, 1) % 13;
-    const fq_geometry g = {flags & 1 ? 3 : 2, cluster_bits, flags & 2 && cluster_bits >= 14, flags & 4, (fq_codec)(flags >> 3) % FQ_CODEC_COUNT};
+    const fq_geometry g = {flags & 1 ? 3 : 2, cluster_bits, flags & 2 && cluster_bits >= 14, flags & 4,
+                           (fq_codec)(flags >> 3) % FQ_CODEC_COUNT};
     const unsigned threads = 1 + (unsigned)take_number(&in, 1) % 3;
     const uint64_t cut = take_number(&in, 4);
     const size_t table_nbytes = (size_t)1 << cluster_bits;

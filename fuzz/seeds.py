@@ -109,7 +109,7 @@ def in_pieces(image: bytes, plan: int = 0) -> bytes:
     l1_entries, l1_off, table_off, table_clusters = struct.unpack_from(">IQQI", image, 36)
     incompatible, flags = image[79] if image[7] == 3 else 0, 16 | (image[7] == 2)
     flags |= (2 if incompatible & 16 else 0) | (4 if incompatible & 4 else 0) | (8 if image[7] == 3 and incompatible & 8 else 0)
-    made = struct.pack(">BBQI", flags, cluster_bits, size, l1_off) + l1_entries.to_bytes(3, "big")
+    made: bytes = struct.pack(">BBQI", flags, cluster_bits, size, l1_off) + l1_entries.to_bytes(3, "big")
     made += struct.pack(">IHBII", table_off, table_clusters, 4, l1_off, plan)
     for at in range(0, len(image), 1 << cluster_bits):
         piece = image[at : at + (1 << cluster_bits)].rstrip(b"\0") if at else b""

@@ -1,6 +1,6 @@
 /*
- * write.c - a disk, written as an image and read back: its bytes, tables that a check finds nothing wrong with, and the same file from
- * however many threads
+ * write.c - a disk, written as an image and read back: its bytes, tables that a check finds nothing wrong with, and the same file
+ * from however many threads
  *
  * The input is options, and the disk in pieces: what a piece holds, how long it is, and a byte.
  */
@@ -56,9 +56,10 @@ static void check_tables(fq_source *source, const fq_write_options *o, const fq_
     fq_check *c;
 
     CHECK(fq_check_open(source, &options, NULL, &c, &error) == FQ_OK);
-    CHECK(fq_check_use(c, FQ_ROLE_HEADER, 0, cluster_size, &error) == FQ_OK);
-    CHECK(fq_check_use(c, FQ_ROLE_REFCOUNT_TABLE, w->refcount_table_off, w->refcount_table_clusters * cluster_size, &error) == FQ_OK);
-    CHECK(fq_check_use(c, FQ_ROLE_L1, w->l1_off, (uint64_t)w->l1_entries * 8, &error) == FQ_OK);
+    CHECK(fq_check_use(c, FQ_ROLE_HEADER, 0, cluster_size, 1, &error) == FQ_OK);
+    CHECK(fq_check_use(c, FQ_ROLE_REFCOUNT_TABLE, w->refcount_table_off, w->refcount_table_clusters * cluster_size, 1, &error) ==
+          FQ_OK);
+    CHECK(fq_check_use(c, FQ_ROLE_L1, w->l1_off, (uint64_t)w->l1_entries * 8, 1, &error) == FQ_OK);
     CHECK(fq_check_l1(c, &l1, NULL, &error) == FQ_OK && fq_check_finish(c, NULL, &error) == FQ_OK);
     found = fq_check_result(c);
     CHECK(found->corruptions + found->leaks + found->check_errors + found->overlaps == 0);
@@ -139,21 +140,29 @@ static void compare_files(int fd, int other, size_t nbytes)
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
 {
-    static const int levels[FQ_ENCODING_COUNT][2] = {{0, 0}, {1, 9}, {0, 3}, {1, 5}}; /* higher ones of zstd are slow */
+#ifdef FQ_HAVE_ISAL
+    static const fq_encoder *const encoders[] = {NULL, &fq_encoder_libz, &fq_encoder_isal, &fq_encoder_zstd};
+#else
+    static const fq_encoder *const encoders[] = {NULL, &fq_encoder_libz, &fq_encoder_libz, &fq_encoder_zstd};
+#endif
+    enum { LEVELS_MAX = 9 }; /* above them, zstd is slow */
     static int fds[2] = {-1, -1};
     static disk d, base;
     input in = {data, nbytes};
-    const unsigned wanted = (unsigned)take_number(&in, 1) % FQ_ENCODING_COUNT, cluster_bits = 9 + (unsigned)take_number(&in, 1) % 9;
+    const fq_encoder *encoder = encoders[take_number(&in, 1) % 4];
+    const unsigned cluster_bits = 9 + (unsigned)take_number(&in, 1) % 9;
     const unsigned flags = (unsigned)take_number(&in, 1), more = (unsigned)take_number(&in, 1);
-    const fq_encoding encoding = wanted == FQ_ENCODING_ISAL && !fq_version_isal() ? FQ_ENCODING_LIBZ : (fq_encoding)wanted;
-    const int level = levels[encoding][0] + (int)take_number(&in, 1) % (levels[encoding][1] - levels[encoding][0] + 1);
+    const int level_max = encoder && encoder->level_max < LEVELS_MAX ? encoder->level_max : LEVELS_MAX;
+    const int above = (int)take_number(&in, 1),
+              level = encoder ? encoder->level_min + above % (level_max - encoder->level_min + 1) : 0;
     const bool extended = flags & 1 && cluster_bits >= 14, is_v2 = flags & 2 && !extended;
-    fq_write_options o = {.geometry = {is_v2 ? 2 : 3, cluster_bits, extended, false, encoding == FQ_ENCODING_ZSTD ? FQ_CODEC_ZSTD : FQ_CODEC_DEFLATE},
-                          .refcount_order = is_v2 ? 4 : more % 7,
-                          .encoding = encoding,
-                          .level = level,
-                          .dense = flags & 4,
-                          .tables_nbytes = flags & 8 ? 1 : 0};
+    fq_write_options o = {
+        .geometry = {is_v2 ? 2 : 3, cluster_bits, extended, false, encoder == &fq_encoder_zstd ? FQ_CODEC_ZSTD : FQ_CODEC_DEFLATE},
+        .refcount_order = is_v2 ? 4 : more % 7,
+        .encoder = encoder,
+        .level = level,
+        .dense = flags & 4,
+        .tables_nbytes = flags & 8 ? 1 : 0};
     file f = {base.bytes, 0};
     fq_source *source = NULL;
     fq_reader *backing = NULL;

@@ -17,10 +17,18 @@ ONES = (1 << 64) - 1
 
 
 class Damage(NamedTuple):
-    """Bytes that stand at a place of the file, or where it ends."""
+    """Bytes that stand at a place of the file, or where it ends; and where on the disk that is likely to show."""
 
     off: int
     replacement: bytes | None
+    guest_off: int | None = None
+
+
+class Place(NamedTuple):
+    """Of a table entry, or of a compressed stream."""
+
+    off: int
+    guest_off: int
 
 
 class Geometry:
@@ -32,23 +40,25 @@ class Geometry:
         (self.cluster_bits,) = struct.unpack_from(">I", image, 20)
         l1_entries, l1_off, table_off, _, snapshots, snapshots_off = struct.unpack_from(">IQQIIQ", image, 36)
         self.cluster = 1 << self.cluster_bits
-        version, entry = image[7], 16 if image[7] == 3 and image[79] & 16 else 8
+        version, self.entry_nbytes = image[7], 16 if image[7] == 3 and image[79] & 16 else 8
         self.header = min(self.cluster, 600 if version == 3 else 200)
-        tables = {l1_off + 8 * i: 8 for i in range(min(l1_entries, 64))}
-        self.l1 = [at for at in tables if at + 8 <= self.nbytes]
-        offsets = {struct.unpack_from(">Q", image, at)[0] & OFFSET for at in self.l1}
-        self.tables = [off for off in offsets if off and off + self.cluster <= self.nbytes]
-        self.entries = [
-            (off + i, entry)
-            for off in self.tables
-            for i in range(0, self.cluster, entry)
-            if any(image[off + i : off + i + entry]) or i < 4 * entry
-        ]
-        self.streams = [
-            where & (1 << 62 - (self.cluster_bits - 8)) - 1
-            for where in (struct.unpack_from(">Q", image, at)[0] for at, _ in self.entries)
-            if where & COMPRESSED
-        ]
+        per_table = self.cluster // self.entry_nbytes
+        tables = [Place(l1_off + 8 * i, i * per_table * self.cluster) for i in range(min(l1_entries, 64))]
+        self.l1 = [place for place in tables if place.off + 8 <= self.nbytes]
+        self.entries, self.streams, self.tables = [], [], []
+        for place in self.l1:
+            table = struct.unpack_from(">Q", image, place.off)[0] & OFFSET
+            if not table or table + self.cluster > self.nbytes:
+                continue
+            self.tables.append(table)
+            for i in range(per_table):
+                at = table + i * self.entry_nbytes
+                (entry,) = struct.unpack_from(">Q", image, at)
+                if entry or i < 4:
+                    self.entries.append(Place(at, place.guest_off + i * self.cluster))
+                if entry & COMPRESSED:
+                    stream = entry & (1 << 62 - (self.cluster_bits - 8)) - 1
+                    self.streams.append(Place(stream, place.guest_off + i * self.cluster))
         self.others = [table_off, table_off + 8]
         if table_off + 8 <= self.nbytes:
             self.others.append(struct.unpack_from(">Q", image, table_off)[0] & OFFSET)
@@ -60,7 +70,7 @@ class Geometry:
     def damage(self, rng: random.Random, image: bytes) -> Damage:
         choices: list[tuple[int, Callable[[], Damage | None]]] = [
             (12, lambda: self.in_header(rng, image)),
-            (8, lambda: self.word(rng, image, rng.choice(self.l1)) if self.l1 else None),
+            (8, lambda: self.word(rng, image, *rng.choice(self.l1)) if self.l1 else None),
             (30, lambda: self.entry(rng, image)),
             (6, lambda: self.word(rng, image, rng.choice(self.others))),
             (20, lambda: self.in_stream(rng, image)),
@@ -87,24 +97,24 @@ class Geometry:
     def entry(self, rng: random.Random, image: bytes) -> Damage | None:
         if not self.entries:
             return None
-        off, nbytes = rng.choice(self.entries)
-        return (
-            self.bits(rng, image, off + 8 + rng.randrange(8)) if nbytes == 16 and rng.random() < 0.5 else self.word(rng, image, off)
-        )
+        off, guest_off = rng.choice(self.entries)
+        if self.entry_nbytes == 16 and rng.random() < 0.5:
+            return self.bits(rng, image, off + 8 + rng.randrange(8), guest_off)
+        return self.word(rng, image, off, guest_off)
 
     def in_stream(self, rng: random.Random, image: bytes) -> Damage | None:
         if not self.streams:
             return None
-        near = rng.choice((4, 100, self.cluster))
-        return self.bits(rng, image, rng.choice(self.streams) + rng.randrange(near))
+        off, guest_off = rng.choice(self.streams)
+        return self.bits(rng, image, off + rng.randrange(rng.choice((4, 100, self.cluster))), guest_off)
 
-    def bits(self, rng: random.Random, image: bytes, off: int) -> Damage | None:
+    def bits(self, rng: random.Random, image: bytes, off: int, guest_off: int | None = None) -> Damage | None:
         if off >= self.nbytes:
             return None
         old = image[off]
-        return Damage(off, bytes([rng.choice((old ^ 1 << rng.randrange(8), rng.randrange(256), 0, 255))]))
+        return Damage(off, bytes([rng.choice((old ^ 1 << rng.randrange(8), rng.randrange(256), 0, 255))]), guest_off)
 
-    def word(self, rng: random.Random, image: bytes, off: int) -> Damage | None:
+    def word(self, rng: random.Random, image: bytes, off: int, guest_off: int | None = None) -> Damage | None:
         if off + 8 > self.nbytes:
             return None
         (old,) = struct.unpack_from(">Q", image, off)
@@ -125,9 +135,9 @@ class Geometry:
             rng.randrange(clusters * self.cluster // 512) * 512,
             compressed_entry(rng.randrange(self.nbytes), rng.randrange(1, self.cluster), self.cluster_bits),
             rng.getrandbits(64),
-            struct.unpack_from(">Q", image, rng.choice(self.entries)[0])[0] if self.entries else 0,
+            struct.unpack_from(">Q", image, rng.choice(self.entries).off)[0] if self.entries else 0,
         )
-        return Damage(off, struct.pack(">Q", rng.choice(values)))
+        return Damage(off, struct.pack(">Q", rng.choice(values)), guest_off)
 
 
 def extension_places(image: bytes) -> list[int]:
@@ -145,14 +155,14 @@ def damaged(path: Path, image: bytes, damages: list[Damage]) -> Iterator[None]:
     """The file with the damage in it, and without it again."""
     fd = os.open(path, os.O_RDWR)
     try:
-        for off, replacement in damages:
+        for off, replacement, _ in damages:
             if replacement is None:
                 os.ftruncate(fd, min(off, os.fstat(fd).st_size))
             else:
                 os.pwrite(fd, replacement, off)
         yield
     finally:
-        for off, replacement in damages:
+        for off, replacement, _ in damages:
             os.pwrite(fd, image[off:] if replacement is None else image[off : off + len(replacement)], off)
         os.ftruncate(fd, len(image))
         os.close(fd)

@@ -39,6 +39,7 @@ class Daemon:
         self.options = options
         self.process: subprocess.Popen[bytes] | None = None
         self.received = b""
+        self.deleted: set[str] = set()  # exports
         self.names = itertools.count()
 
     def __enter__(self) -> Daemon:
@@ -95,6 +96,11 @@ class Daemon:
         while "return" not in (answer := self.line()):
             if "error" in answer:
                 raise RefusedError(answer["error"]["desc"])
+            self.note(answer)
+
+    def note(self, answer: Any) -> None:
+        if answer.get("event") == "BLOCK_EXPORT_DELETED":
+            self.deleted.add(answer["data"]["id"])
 
     @contextlib.contextmanager
     def opened(self, path: Path, **options: Any) -> Iterator[Export]:
@@ -113,13 +119,10 @@ class Daemon:
             with Export(self.socket, name) as export:
                 yield export
             self.command("block-export-del", id=name, mode="hard")
-            while True:  # it is gone a moment later
-                try:
-                    self.command("blockdev-del", **{"node-name": name})
-                    break
-                except RefusedError as e:
-                    if "in use" not in str(e) and "busy" not in str(e):
-                        raise
+            while name not in self.deleted:
+                self.note(self.line())
+            self.deleted.remove(name)
+            self.command("blockdev-del", **{"node-name": name})
         except (GoneError, ConnectionError, TimeoutError) as e:
             self.stop()
             raise GoneError(str(e)) from None
@@ -151,11 +154,18 @@ class Export:
 
     def __init__(self, address: str, name: str) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
+        try:
+            self.size = self.connect(address, name)
+        except BaseException:
+            self.socket.close()
+            raise
+
+    def connect(self, address: str, name: str) -> int:
         self.socket.settimeout(TIMEOUT)
         self.socket.connect(address)
         assert self.get(18)[:16] == b"NBDMAGICIHAVEOPT"
         self.socket.sendall(struct.pack(">I8sII", 3, b"IHAVEOPT", 1, len(name)) + name.encode())
-        self.size, _ = struct.unpack(">QH", self.get(10))
+        return int.from_bytes(self.get(10)[:8], "big")
 
     def __enter__(self) -> Export:
         return self

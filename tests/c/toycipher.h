@@ -1,8 +1,8 @@
 /*
  * toycipher.h - a block cipher that keeps no secret, and sectors encrypted with it
  *
- * It turns the bytes of a block round and adds the key, and so mixes up nothing that a mode of operation must not mix up. Sectors are
- * encrypted block by block as the definitions of the modes say, which is slow and plain.
+ * It turns the bytes of a block round and adds the key, and so mixes up nothing that a mode of operation must not mix up. Sectors
+ * are encrypted block by block as the definitions of the modes say, which is slow and plain.
  */
 #ifndef FASTQCOW_TOYCIPHER_H
 #define FASTQCOW_TOYCIPHER_H
