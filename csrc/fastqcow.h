@@ -203,10 +203,15 @@ uint64_t fq_source_size(const fq_source *source);
 
 typedef struct fq_reader fq_reader;
 
-/* Whom a call is made for. Both fields may be NULL; poll is called by the calling thread only, some 20 times a second. */
+/*
+ * Whom a call is made for. All fields may be NULL. poll is called by the calling thread only, some 20 times a second. digest is
+ * called by fq_export and fq_write with all bytes of the disk in their order, by any thread, but by one at a time; without bytes
+ * for zeroes, at most 1 MiB of them. What returns non-zero stops the call with FQ_ERR_CANCELLED.
+ */
 struct fq_request {
     void *user;
-    int (*poll)(void *user, uint64_t done_nbytes); /* non-zero: stop with FQ_ERR_CANCELLED */
+    int (*poll)(void *user, uint64_t done_nbytes);
+    int (*digest)(void *user, const uint8_t *bytes, uint64_t nbytes);
 };
 
 /* One buffer of a scattered read. `start` is where it begins within the request: the sum of nbytes of those before it. */
@@ -271,7 +276,7 @@ typedef struct fq_target {
     int fd;          /* written by position; its own position is not touched */
     uint64_t grain;  /* runs of zeroes in units of so many bytes are not written as data; 0: everything is written */
     bool reads_zero; /* what is not written reads as zeroes already (a new file) */
-    bool offload;    /* plain data is copied by the kernel where it can, zeroes in it too */
+    bool offload;    /* plain data is copied by the kernel where it can, zeroes in it too; not if it is to be digested */
 } fq_target;
 
 /* Write the guest range to the same offsets of the target, by many threads. *written counts bytes of data written. */
@@ -417,8 +422,8 @@ typedef struct fq_l1_range {
 fq_status fq_check_open(fq_source *source, const fq_check_options *options, const fq_request *request, fq_check **out,
                         fq_error *error);
 void fq_check_close(fq_check *check);
-/* Count a reference to a range of the file. */
-fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error);
+/* Count `times` references to a range of the file. */
+fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, uint64_t times, fq_error *error);
 /* Check L1 entries and collect the L2 tables that they point to. The ranges that are given must not overlap. */
 fq_status fq_check_l1(fq_check *check, const fq_l1_range *range, const fq_request *request, fq_error *error);
 /* Check entries of bitmaps' tables that lie side by side, and belong to `times` tables. The ranges given must not overlap either.

@@ -12,6 +12,7 @@
 
 #include <signal.h>
 #include <time.h>
+#include <unistd.h>
 
 enum {
     MAX_WORKERS = 256,
@@ -58,6 +59,17 @@ static void unlist(fq_pool_job *job)
         at = &(*at)->next;
     if (*at)
         *at = job->next;
+}
+
+/*
+ * A callback may end its thread: an interpreter that is shut down does so to those that come back to it. What others are at work on
+ * lies on this thread's stack, so it has to stay; it ends with the process, which is about to.
+ */
+static void stay(void *unused)
+{
+    (void)unused;
+    for (;;)
+        pause();
 }
 
 static void *worker_main(void *unused)
@@ -144,8 +156,8 @@ void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (
         pthread_cond_signal(&work);
     pthread_mutex_unlock(&lock);
 
+    pthread_cleanup_push(stay, NULL);
     fn(arg, true);
-
     pthread_mutex_lock(&lock);
     if (job.wanted > 0)
         unlist(&job);
@@ -156,6 +168,7 @@ void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (
         pthread_mutex_lock(&lock);
     }
     pthread_mutex_unlock(&lock);
+    pthread_cleanup_pop(0);
     pthread_cond_destroy(&job.idle);
 }
 

@@ -83,6 +83,8 @@ fq_status fq_check_read(fq_check *c, uint8_t *buf, size_t nbytes, uint64_t host_
 
     if (host_off < c->file_nbytes)
         status = fq_source_read(c->source, request, buf, nbytes, host_off, &got, error);
+    if (status == FQ_OK && got < nbytes && host_off + got < c->file_nbytes) /* it was cut since: what is lost is no zero */
+        status = fq_fail(error, FQ_ERR_SHORT_READ, FQ_NOWHERE, host_off + got, c->file_nbytes);
     if (status == FQ_OK)
         memset(buf + got, 0, nbytes - got);
     return status;
@@ -174,9 +176,9 @@ fq_status fq_check_refer(fq_check *c, fq_role role, uint64_t guest_off, uint64_t
     return FQ_OK;
 }
 
-fq_status fq_check_use(fq_check *c, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error)
+fq_status fq_check_use(fq_check *c, fq_role role, uint64_t host_off, uint64_t nbytes, uint64_t times, fq_error *error)
 {
-    return fq_check_refer(c, role, FQ_NOWHERE, host_off, nbytes, 1, error);
+    return fq_check_refer(c, role, FQ_NOWHERE, host_off, nbytes, times, error);
 }
 
 /* ---- refcounts against references */

@@ -350,12 +350,13 @@ fq_status fq_space_finish(fq_space *s, uint64_t size, fq_written *written, fq_er
     written->l1_entries = (uint32_t)entries;
     if (s->tables_count > 0)
         status = write_tables(s, off + (l1_clusters << s->cluster_bits), error);
-    if (status == FQ_OK && !grow(&s->l1, &s->l1_capacity, l1_room, sizeof(*s->l1)))
+    if (status != FQ_OK)
+        return status;
+    if (!grow(&s->l1, &s->l1_capacity, l1_room, sizeof(*s->l1)))
         return no_memory(error);
     for (size_t i = 0; i < l1_room; i++)
         fq_store_be64((uint8_t *)&s->l1[i], s->l1[i]);
-    if (status == FQ_OK)
-        status = write_at(s, (const uint8_t *)s->l1, l1_room * 8, off, error);
+    status = write_at(s, (const uint8_t *)s->l1, l1_room * 8, off, error);
     if (status == FQ_OK)
         status = finish_refcounts(s, written, error);
     written->nbytes = s->end;

@@ -40,6 +40,7 @@ typedef struct piece {
 
 typedef struct stretch {
     uint64_t guest_off;
+    uint64_t before; /* where the one before it ends; zeroes lie between them */
     size_t count;  /* clusters */
     piece *pieces; /* whose bytes lie in `out`, one behind the other */
     uint8_t *out;
@@ -53,6 +54,8 @@ typedef struct write_job {
     int stream;
     bool ordered, stream_ended;
     uint64_t size;       /* of the disk; of a stream, what has come of it */
+    uint64_t claimed_until;
+    fq_digest digest;
     uint64_t data_until; /* the run of the source that the cursor is in is not of zeroes */
     uint64_t cluster_size, stretch_nbytes;
     uint64_t block_nbytes; /* zeroes are left out by blocks of so many bytes: a cluster, or several; 0: no zeroes are */
@@ -161,9 +164,11 @@ static fq_status read_stream(write_job *w, uint8_t *buf, size_t nbytes, size_t *
 
         if (is_caller)
             fq_job_poll(&w->job);
-        if (poll(&wanted, 1, FQ_POLL_MS) <= 0) /* also for a signal: a read would wait on */
+        n = poll(&wanted, 1, FQ_POLL_MS); /* a signal ends it, where a read would wait on */
+        if (n == 0)
             continue;
-        n = read(w->stream, buf + *got, nbytes - *got);
+        if (n > 0)
+            n = read(w->stream, buf + *got, nbytes - *got);
         if (n < 0 && (errno == EINTR || errno == EAGAIN))
             continue;
         if (n < 0) {
@@ -225,8 +230,10 @@ static fq_status claim(write_job *w, bench *b, stretch **out, size_t *nbytes, fq
     if (status != FQ_OK || *nbytes == 0)
         return status;
     (*out)->guest_off = job->cursor;
+    (*out)->before = w->claimed_until;
     (*out)->count = (size_t)((*nbytes + w->cluster_size - 1) / w->cluster_size);
     job->cursor += *nbytes;
+    w->claimed_until = job->cursor;
     pthread_mutex_lock(&w->lock);
     w->claimed++;
     pthread_mutex_unlock(&w->lock);
@@ -439,6 +446,8 @@ static bool write_once(write_job *w, bench *b)
             status = read_reader(w, b->in, nbytes, s->guest_off, &error);
         if (status == FQ_OK)
             status = encode(w, b, s, nbytes, &error);
+        if (status == FQ_OK && job->request && job->request->digest)
+            status = fq_digest_take(job, &w->digest, s->before, s->guest_off, b->in, nbytes, b->by_caller, &error);
     }
     if (status == FQ_OK && nbytes > 0) {
         pthread_mutex_lock(&w->lock);
@@ -515,6 +524,19 @@ static void free_ring(write_job *w)
     free(w->ring);
 }
 
+/* Zeroes behind the last stretch, up to the size of the disk that was made. */
+static fq_status digest_rest(write_job *w, uint64_t size, const fq_request *request, fq_error *error)
+{
+    fq_status status = FQ_OK;
+
+    if (request && request->digest) {
+        fq_job_init(&w->job, w->reader, 0, 0, request);
+        status = fq_digest_take(&w->job, &w->digest, w->claimed_until, size, NULL, 0, true, error);
+        fq_job_destroy(&w->job);
+    }
+    return status;
+}
+
 static bool are_sound(const fq_write_options *o)
 {
     const fq_geometry *g = &o->geometry;
@@ -550,6 +572,7 @@ fq_status fq_write(fq_reader *reader, int stream, fq_reader *backing, const fq_w
     w.ordered = reader && reader->ordered;
     w.space = fq_space_new(o->fd, &o->geometry, o->refcount_order, o->tables_nbytes);
     fq_job_init(&w.job, reader, 0, w.size, request);
+    fq_digest_init(&w.digest);
     pthread_mutex_init(&w.lock, NULL);
     pthread_cond_init(&w.room, NULL);
     if (!w.space || !make_ring(&w)) {
@@ -559,10 +582,13 @@ fq_status fq_write(fq_reader *reader, int stream, fq_reader *backing, const fq_w
     }
     written->size = (w.size + 511) & ~UINT64_C(511);
     if (status == FQ_OK)
+        status = digest_rest(&w, written->size, request, error);
+    if (status == FQ_OK)
         status = fq_space_finish(w.space, written->size, written, error);
     written->in_backing = atomic_load(&w.in_backing);
     free_ring(&w);
     fq_space_free(w.space);
+    fq_digest_destroy(&w.digest);
     pthread_mutex_destroy(&w.lock);
     pthread_cond_destroy(&w.room);
     return status;

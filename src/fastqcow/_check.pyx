@@ -7,7 +7,7 @@ from libc.string cimport memset
 from fastqcow cimport _core
 from fastqcow._core cimport fq_check, fq_check_counts, fq_check_options, fq_error, fq_finding, fq_l1_range, fq_role, fq_status
 from fastqcow._core cimport uint32_t, uint64_t
-from fastqcow._reader cimport Request, Source, check, note, place
+from fastqcow._reader cimport Py_IsInitialized, Request, Source, check, note, place
 
 HEADER = <int>_core.FQ_ROLE_HEADER
 REFCOUNT_TABLE = <int>_core.FQ_ROLE_REFCOUNT_TABLE
@@ -21,8 +21,15 @@ LEAK = <int>_core.FQ_LEAK
 CHECK_ERROR = <int>_core.FQ_CHECK_ERROR
 OVERLAP = <int>_core.FQ_OVERLAP
 
+REPORTS_MAX = <int>_core.FQ_CHECK_REPORTS_MAX
 
-cdef void report_finding(void *opaque, const fq_finding *found, uint64_t times) noexcept with gil:
+
+cdef void report_finding(void *opaque, const fq_finding *found, uint64_t times) noexcept nogil:
+    if Py_IsInitialized():
+        report_finding_python(opaque, found, times)
+
+
+cdef void report_finding_python(void *opaque, const fq_finding *found, uint64_t times) noexcept with gil:
     checker = <Checker>opaque
     if checker.request.exception is not None:
         return
@@ -98,14 +105,14 @@ cdef class Checker:
             raise ValueError("this Checker was not made")
         return 0
 
-    def use(self, int role, uint64_t host_off, uint64_t nbytes):
-        """Count a reference to a range of the file."""
+    def use(self, int role, uint64_t host_off, uint64_t nbytes, uint64_t times):
+        """Count so many references to a range of the file."""
         cdef fq_error error
         cdef fq_status status
 
         self.is_open()
         with nogil:
-            status = _core.fq_check_use(self.c, <fq_role>role, host_off, nbytes, &error)
+            status = _core.fq_check_use(self.c, <fq_role>role, host_off, nbytes, times, &error)
         check(status, &error, self.request, [(self.source.path, self.source.path)])
 
     def l1(self, uint64_t l1_off, uint64_t entries, uint64_t l1_index, uint32_t active, uint32_t inactive):

@@ -100,6 +100,7 @@ cdef extern from "fastqcow.h" nogil:
     ctypedef struct fq_request:
         void *user
         int (*poll)(void *user, uint64_t done_nbytes) noexcept
+        int (*digest)(void *user, const uint8_t *data, uint64_t nbytes) noexcept
 
     ctypedef struct fq_source
     ctypedef ptrdiff_t (*fq_read_fn)(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept
@@ -212,6 +213,9 @@ cdef extern from "fastqcow.h" nogil:
         FQ_CHECK_ERROR
         FQ_OVERLAP
 
+    enum:
+        FQ_CHECK_REPORTS_MAX
+
     ctypedef enum fq_finding_kind:
         pass
 
@@ -265,7 +269,7 @@ cdef extern from "fastqcow.h" nogil:
     fq_status fq_check_open(fq_source *source, const fq_check_options *options, const fq_request *request, fq_check **out,
                             fq_error *error)
     void fq_check_close(fq_check *check)
-    fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error)
+    fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, uint64_t times, fq_error *error)
     fq_status fq_check_l1(fq_check *check, const fq_l1_range *range, const fq_request *request, fq_error *error)
     fq_status fq_check_bitmap(fq_check *check, uint64_t table_off, uint64_t entries, uint32_t times, const fq_request *request,
                               fq_error *error)

@@ -19,10 +19,15 @@ from fastqcow._core cimport (
 )
 
 
+cdef extern from "Python.h":
+    bint Py_IsInitialized() noexcept nogil
+
+
 cdef class Request:
     cdef fq_request c
     cdef object exception
     cdef object progress
+    cdef object digest
 
 
 cdef class Source:

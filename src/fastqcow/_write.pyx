@@ -17,6 +17,7 @@ def write(
     int fd,
     str path,
     progress,
+    digest,
     *,
     uint32_t version,
     uint32_t cluster_bits,
@@ -29,12 +30,12 @@ def write(
     size_t tables_nbytes,
 ):
     """Write the disk of a reader, or where that is None what comes from the descriptor `stream`, to the descriptor `fd`, all but the
-    header. The paths are their names in errors; progress is called with the bytes done. encoder: LIBZ or ZSTD of _reader, ENCODER of
-    _isal, or None to store clusters as they are.
+    header. The paths are their names in errors; progress is called with the bytes done, the `update` of `digest`, if it is not None, with
+    the bytes of the disk. encoder: LIBZ or ZSTD of _reader, ENCODER of _isal, or None to store clusters as they are.
 
     Returns the fields of fq_written.
     """
-    cdef Request request = Request(progress)
+    cdef Request request = Request(progress, digest)
     cdef fq_reader *of = reader.c if reader is not None else NULL
     cdef fq_reader *over = backing.c if backing is not None else NULL
     cdef fq_write_options options
