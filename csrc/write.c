@@ -41,8 +41,8 @@ typedef struct piece {
 typedef struct stretch {
     uint64_t guest_off;
     uint64_t before; /* where the one before it ends; zeroes lie between them */
-    size_t count;  /* clusters */
-    piece *pieces; /* whose bytes lie in `out`, one behind the other */
+    size_t count;    /* clusters */
+    piece *pieces;   /* whose bytes lie in `out`, one behind the other */
     uint8_t *out;
     bool ready;
 } stretch;
@@ -53,7 +53,7 @@ typedef struct write_job {
     fq_reader *reader, *backing;
     int stream;
     bool ordered, stream_ended;
-    uint64_t size;       /* of the disk; of a stream, what has come of it */
+    uint64_t size; /* of the disk; of a stream, what has come of it */
     uint64_t claimed_until;
     fq_digest digest;
     uint64_t data_until; /* the run of the source that the cursor is in is not of zeroes */

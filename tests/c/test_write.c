@@ -64,6 +64,7 @@ static void test_geometry(const fq_encoder *encoder, int level, unsigned cluster
                                     .refcount_order = refcount_order,
                                     .encoder = encoder,
                                     .level = level,
+                                    .grain = encoder ? 4096 : 1 << 15, /* blocks of several clusters */
                                     .threads = threads,
                                     .tables_nbytes = tables_nbytes};
         fq_reader *reader = open_image(&m, source, NULL, threads, 1 << 20);
