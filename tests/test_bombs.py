@@ -265,19 +265,18 @@ def test_tables_of_a_deep_chain_are_read_once(chain: Path) -> None:
 
 def test_deep_chains(chain: Path, tmp_path: Path, usual_peak: int) -> None:
     for done in run_all(commands_for(chain, tmp_path / "out"), seconds=1):
-        assert done.code in (0, 2) or (done.code == 130 and done.command in ("map", *READING)), done
+        assert done.code in (0, 1, 2) or (done.code == 130 and done.command in ("map", *READING)), done
         assert done.seconds < 1 + LATENCY, done
         assert done.peak < usual_peak + 80 * MIB, done
 
 
-@pytest.mark.parametrize("sort", ["snapshots_in_each", "extended_header"])
-def test_deep_chains_of_large_headers(tmp_path: Path, usual_peak: int, sort: str) -> None:
-    """What the files below the first one say is not kept: it would be 200 times what one says."""
-    top = bombs.write_chain(tmp_path, 40, **{sort: True})
-    chain = ["info", "--backing-chain", "--output=json", str(top)]
-    for done in run_all([chain, ["info", str(top)], ["map", str(top)]], seconds=60):
+@pytest.mark.parametrize(("sort", "depth"), [("snapshots_in_each", 4), ("extended_header", 40)])
+def test_chains_of_large_headers(tmp_path: Path, usual_peak: int, sort: str, depth: int) -> None:
+    """What the files below the first one say is not kept: it could be 200 times what one says."""
+    top = bombs.write_chain(tmp_path, depth, **{sort: True})
+    for done in run_all([["info", "--backing-chain", str(top)], ["map", "-l", "512", str(top)]], seconds=60):
         assert done.code == 0, done
-        assert done.peak < usual_peak + 140 * MIB, done
+        assert done.peak < usual_peak + 60 * MIB, done
 
 
 # Encryption
@@ -327,7 +326,7 @@ def cost(method: Any, cluster_size: int, nbytes: int) -> float:
     make = bombs.slow_zstd if method == "zstd" else bombs.slow_deflate
     stream = make(nbytes, cluster_size)
     best = 9.0
-    for _ in range(3):
+    for _ in range(3 if nbytes < MIB else 1):
         started = time.process_time()
         assert fastqcow.inflate(stream, cluster_size, method) == bytes(cluster_size)
         best = min(best, time.process_time() - started)
@@ -346,7 +345,7 @@ def test_what_a_byte_of_a_stream_can_cost(method: Any, nanoseconds: int, cluster
 # Serving
 
 
-@pytest.mark.parametrize("name", ["the largest disk", "one for all: compressed", "clusters of 512 bytes", "slow zstd, 2 MiB"])
+@pytest.mark.parametrize("name", ["the largest disk", "one for all: the L2 table", "clusters of 512 bytes", "slow zstd, 2 MiB"])
 def test_serving_starts(name: str, tmp_path: Path) -> None:
     serving.need("nbdinfo")
     path = bombs.write_sparse(tmp_path / "disk.qcow2", BOMBS[name].make())

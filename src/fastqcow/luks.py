@@ -118,7 +118,8 @@ class LuksHeader(NamedTuple):
             target=lambda: found.append(hashlib.pbkdf2_hmac(self.hash, secret, salt, iterations, nbytes)), daemon=True
         )
         thread.start()
-        thread.join()
+        while thread.is_alive():
+            thread.join(0.1)  # without a limit a signal that the other thread gets would not wake this one
         return found[0]
 
     def _merge(self, split: bytes) -> bytes:
