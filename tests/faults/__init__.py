@@ -16,6 +16,11 @@ UNDER_ASAN = "libasan" in os.environ.get("LD_PRELOAD", "")
 UNDER_TSAN = "libtsan" in os.environ.get("LD_PRELOAD", "")
 
 
+def require_linux() -> None:
+    if sys.platform != "linux":
+        pytest.skip("libc's names are those of Linux")
+
+
 def run(script: str, *arguments: str | Path, folder: Path, preload: bool = True) -> str:
     """Run one of the programs beside this file, which has to end well; what it said."""
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]))

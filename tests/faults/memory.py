@@ -108,7 +108,7 @@ def main(folder: Path) -> None:
             while done < 8 and nth < 3000:  # Python goes on without some of what it asks for
                 done = done + 1 if once(operation, path, nth, count) else 0
                 injected += done == 0
-                nth += 1 if nth < 100 else 9 if count else 25
+                nth += 1 if nth < 60 else 11 if operation is not write else 60
         assert sorted(os.listdir(folder)) == names, operation.__name__
         operation(path)
     print(injected)
