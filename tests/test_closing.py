@@ -60,7 +60,9 @@ def close_under(open_it: Callable[[], Any], contents: bytes, threads: int = 6) -
     wrong: list[object] = []
     for i in range(8):
         image, started = open_it(), threading.Semaphore(0)
-        readers = [threading.Thread(target=read_until_closed, args=(image, contents, 10 * i + k, wrong, started)) for k in range(threads)]
+        readers = [
+            threading.Thread(target=read_until_closed, args=(image, contents, 10 * i + k, wrong, started)) for k in range(threads)
+        ]
         for reader in readers:
             reader.start()
         started.acquire()
@@ -83,7 +85,11 @@ def close_under(open_it: Callable[[], Any], contents: bytes, threads: int = 6) -
 def test_an_image(kind: str, threads: int, tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     path.write_bytes(IMAGE)
-    sources: dict[str, Callable[[], Any]] = {"path": lambda: path, "file object": lambda: io.BytesIO(IMAGE), "remote": lambda: Remote(IMAGE)}
+    sources: dict[str, Callable[[], Any]] = {
+        "path": lambda: path,
+        "file object": lambda: io.BytesIO(IMAGE),
+        "remote": lambda: Remote(IMAGE),
+    }
     close_under(lambda: fastqcow.open(sources[kind](), threads=threads, cache_size=1 << 20), CONTENTS)
 
 

@@ -253,7 +253,9 @@ def test_no_thread_can_be_started(tmp_path: Path) -> None:
 def small_disk(tmp_path: Path, nbytes: int) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "none", folder], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "none", folder], capture_output=True, text=True, check=False
+    )
     if done.returncode:
         pytest.skip(f"nothing can be mounted here: {done.stderr}")
     try:
@@ -262,7 +264,11 @@ def small_disk(tmp_path: Path, nbytes: int) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"format": "qcow2"}, {"format": "qcow2", "compress": True}, {"preallocation": "falloc"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"format": "qcow2"}, {"format": "qcow2", "compress": True}, {"preallocation": "falloc"}],
+    ids=["raw", "qcow2", "compressed", "allocated"],
+)
 def test_a_file_system_that_is_full(path: Path, tmp_path: Path, options: Any) -> None:
     """The error has the target's name; the old target stays, and its file system gets back what was written."""
     if not shutil.which("mount") or os.getuid() != 0:
@@ -281,9 +287,10 @@ def test_a_file_system_that_is_full(path: Path, tmp_path: Path, options: Any) ->
 @pytest.mark.parametrize("options", ["-O raw", "-O qcow2", "-c -O qcow2"])
 def test_killed_at_any_moment(tmp_path: Path, options: str) -> None:
     """The target's name holds what it held, or all of the new one; and a second try is not disturbed by what the first left."""
-    entries = [compressed_entry(AT, len(STREAM := deflate(text(CLUSTER))), 16), data_entry(AT + CLUSTER)] * 700
+    stream = deflate(text(CLUSTER))
+    entries = [compressed_entry(AT, len(stream), 16), data_entry(AT + CLUSTER)] * 700
     path, out = tmp_path / "disk.qcow2", tmp_path / "out" / "disk"
-    path.write_bytes(build(entries, STREAM.ljust(CLUSTER, b"\0") + noise(CLUSTER)))
+    path.write_bytes(build(entries, stream.ljust(CLUSTER, b"\0") + noise(CLUSTER)))
     out.parent.mkdir()
     command = [sys.executable, "-m", "fastqcow", "convert", *options.split(), str(path), str(out)]
     started = time.monotonic()
@@ -323,7 +330,13 @@ def test_signals_while_reading_and_writing(path: Path, tmp_path: Path) -> None:
                 fastqcow.convert(image, tmp_path / "out.raw")
                 fastqcow.convert(image, tmp_path / "out.qcow2", format="qcow2", compress=True)
         read_end, write_end = os.pipe()
-        writer = threading.Thread(target=lambda: [os.write(write_end, CONTENTS[:CLUSTER]), time.sleep(0.1), os.close(write_end)])
+
+        def fill_the_pipe() -> None:
+            os.write(write_end, CONTENTS[:CLUSTER])
+            time.sleep(0.1)
+            os.close(write_end)
+
+        writer = threading.Thread(target=fill_the_pipe)
         writer.start()
         with os.fdopen(read_end, "rb") as pipe:
             fastqcow.convert(fastqcow.RawStream(pipe), tmp_path / "pipe.qcow2", format="qcow2")
@@ -342,7 +355,9 @@ def test_a_signal_handler_that_raises_or_reads(tmp_path: Path) -> None:
     """In the middle of a read of a gigabyte: what it raises comes out; what it reads is right; and the image reads on."""
     stream = deflate(text(CLUSTER))
     path = tmp_path / "large.qcow2"
-    path.write_bytes(build([compressed_entry(AT, len(stream), 16)] * 8192, stream.ljust(4096), size=1 << 30, l1=[1 << 63 | 3 * CLUSTER] * 2))
+    path.write_bytes(
+        build([compressed_entry(AT, len(stream), 16)] * 8192, stream.ljust(4096), size=1 << 30, l1=[1 << 63 | 3 * CLUSTER] * 2)
+    )
     with fastqcow.open(path, threads=2) as image:
         buffer, found = bytearray(256 << 20), []
 
