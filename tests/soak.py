@@ -1,8 +1,8 @@
 """Many threads on few images for as long as is wanted: python tests/soak.py SECONDS [--threads N] [--seed N] [--stuck SECONDS].
 
 Threads read pieces of all sizes, walk, map, open snapshots and close them, convert, and close and reopen what the others read,
-through caches that are too small. Every byte is compared. It ends with an error where one is wrong, where a thread does not come on, where
-memory grows, or where a descriptor or a thread is left.
+through caches that are too small. Every byte is compared. It ends with an error where one is wrong, where a thread does not come on,
+where memory grows, or where a descriptor or a thread is left.
 """
 
 from __future__ import annotations
@@ -293,10 +293,10 @@ def main() -> int:
     left = descriptors() - before
     operations = ", ".join(f"{what} {count}" for what, count in sorted(soak.done.items()))
     memory = f"{samples[0] >> 20} MiB at first, {max(samples) >> 20} at most, growth {growth(samples) >> 20}"
-    print(
-        f"soak: {options.threads} threads, {options.seconds:.0f} s, seed {options.seed}: {soak.done.total()} operations, 0 wrong bytes"
-    )
-    print(f"soak: {operations}; memory: {memory}; descriptors left {left}")
+    print(f"soak: {options.threads} threads, {options.seconds:.0f} s, seed {options.seed}")
+    print(f"soak: {soak.done.total()} operations, no wrong byte")
+    print(f"soak: {operations}")
+    print(f"soak: memory {memory}; descriptors left {left}")
     return int(left != 0 or growth(samples) > GROWTH_MAX)
 
 
