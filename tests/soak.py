@@ -1,7 +1,7 @@
 """Many threads on few images for as long as is wanted: python tests/soak.py SECONDS [--threads N] [--seed N] [--stuck SECONDS].
 
 Threads read pieces of all sizes, walk, map, open snapshots and close them, convert, and close and reopen what the others read,
-through caches that are too small. Every byte is compared. It ends with an error where one is wrong, where a thread does not come on,
+through caches that are too small. Every byte is compared. It ends with an error where one is wrong, where a thread gets stuck,
 where memory grows, or where a descriptor or a thread is left.
 """
 
