@@ -224,10 +224,10 @@ static fq_status read_data(fq_job *job, const fq_batch *b, const fq_run *run, fq
     }
     fq_count(&layer->bytes_fetched, got);
     if (got < nbytes) {
-        const uint64_t size = fq_source_size(layer->data), mask = (layer->raw ? 512 : fq_cluster_size(&layer->geometry)) - 1;
+        const uint64_t size = fq_source_once(layer->data), mask = (layer->raw ? 512 : fq_cluster_size(&layer->geometry)) - 1;
         const uint64_t last = (host_off + nbytes - 1) & ~mask, first_lost = (size + mask) & ~mask;
 
-        /* A file object that has lost its end since, or a file that grows at this moment: where it ends is not known. */
+        /* A file that has lost its end since, or one that grows at this moment: where it ends is not known. */
         if (host_off + got < size)
             return fail_at(error, FQ_ERR_SHORT_READ, run, guest_off + got, host_off + got, size);
         if (last >= size) {

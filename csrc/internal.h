@@ -18,6 +18,8 @@
 bool fq_source_ordered(const fq_source *source);
 /* Whether several ranges are read by one call, which takes its time. */
 bool fq_source_is_remote(const fq_source *source);
+/* The length of the file now, or when it was opened if that was more: what is not there any more is lost. */
+uint64_t fq_source_once(const fq_source *source);
 /* Read ranges of a remote source. An error carries the first host offset, and no guest offset. */
 fq_status fq_source_read_ranges(fq_source *source, const fq_request *request, fq_range *ranges, size_t count, fq_error *error);
 /* The run of holes or of data that starts at host_off, at most nbytes long: its length; *hole says which. */

@@ -18,7 +18,7 @@ struct fq_source {
     fq_ranges_fn read_ranges; /* of a remote file, in place of `read` */
     void *opaque;
     bool is_file;
-    uint64_t nbytes; /* of a device, or of what a callback stands for; a file may change its length */
+    uint64_t nbytes; /* when it was opened; a file may change its length */
 };
 
 fq_source *fq_source_fd(int fd, bool seek_holes)
@@ -31,7 +31,9 @@ fq_source *fq_source_fd(int fd, bool seek_holes)
     s->fd = fd;
     s->seek_holes = seek_holes;
     s->is_file = fstat(fd, &st) == 0 && S_ISREG(st.st_mode);
-    if (!s->is_file) {
+    if (s->is_file) {
+        s->nbytes = (uint64_t)st.st_size;
+    } else {
         /* A block device has no st_size. Its position is put back, as it may be somebody else's too. */
         const off_t before = lseek(fd, 0, SEEK_CUR), end = lseek(fd, 0, SEEK_END);
 
@@ -84,6 +86,13 @@ uint64_t fq_source_size(const fq_source *s)
     struct stat st;
 
     return s->is_file && fstat(s->fd, &st) == 0 ? (uint64_t)st.st_size : s->nbytes;
+}
+
+uint64_t fq_source_once(const fq_source *s)
+{
+    const uint64_t now = fq_source_size(s);
+
+    return now > s->nbytes ? now : s->nbytes;
 }
 
 fq_status fq_source_read_ranges(fq_source *s, const fq_request *request, fq_range *ranges, size_t count, fq_error *error)
@@ -167,9 +176,11 @@ uint64_t fq_source_run(const fq_source *s, uint64_t host_off, uint64_t nbytes, b
         off_t end = -1;
 
         if (data < 0) {
-            /* No data up to the end; which has to lie behind the run, or in its last sector, or what was lost with a cut file would
-               pass for a hole. */
-            *hole = errno == ENXIO && host_off + nbytes <= ((fq_source_size(s) + 511) & ~UINT64_C(511));
+            /* No data up to the end; which has to lie behind the run, or in its last sector, and where it was, or what was lost
+               with a cut file would pass for a hole. */
+            const uint64_t size = fq_source_size(s);
+
+            *hole = errno == ENXIO && size >= s->nbytes && host_off + nbytes <= ((size + 511) & ~UINT64_C(511));
             return nbytes;
         }
         if ((uint64_t)data > host_off) {

@@ -1,7 +1,8 @@
 """Many threads on few images for as long as is wanted: python tests/soak.py SECONDS [--threads N] [--seed N] [--stuck SECONDS].
 
-Threads read pieces of all sizes, walk, map, open snapshots and close them, convert, and close and reopen what the others are reading,
-through caches that are too small. Every byte is compared. It ends with an error where one is wrong, where a thread does not come on, where memory grows, or where a descriptor or a thread is left.
+Threads read pieces of all sizes, walk, map, open snapshots and close them, convert, and close and reopen what the others read,
+through caches that are too small. Every byte is compared. It ends with an error where one is wrong, where a thread gets stuck,
+where memory grows, or where a descriptor or a thread is left.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fastqcow
-from images import mixed, noise, text
+from images import mixed
 
 SIZE = 12 << 20
 CACHE_SIZE = 1 << 20
@@ -70,8 +71,8 @@ def write(image: Path, contents: bytearray, rng: random.Random, count: int) -> N
 
 
 def make_disks(folder: Path, rng: random.Random) -> list[Disk]:
-    def disk(name: str, path: Path, contents: bytes, snapshots: dict[str, bytes] | None = None, **options: int) -> Disk:
-        return Disk(name, lambda: fastqcow.open(path, cache_size=CACHE_SIZE, **options), contents, snapshots or {})
+    def disk(name: str, path: Path, contents: bytes, snapshots: dict[str, bytes] | None = None, threads: int | None = None) -> Disk:
+        return Disk(name, lambda: fastqcow.open(path, cache_size=CACHE_SIZE, threads=threads), contents, snapshots or {})
 
     raw = folder / "first.raw"
     first = bytearray(mixed(SIZE, seed=rng.randrange(1000)))
@@ -184,7 +185,10 @@ class Soak:
         self.failures: list[str] = []
         self.stop = threading.Event()
         self.seen = [time.monotonic()] * threads
-        self.threads = [threading.Thread(target=self.work, args=(i, random.Random(seed * 1000 + i)), daemon=True) for i in range(threads)]
+        self.threads = []
+        for i in range(threads):
+            rng = random.Random(seed * 1000 + i)
+            self.threads.append(threading.Thread(target=self.work, args=(i, rng), daemon=True))
 
     def once(self, rng: random.Random) -> str:
         disk, dice = rng.choice(self.disks), rng.randrange(1000)
@@ -287,11 +291,12 @@ def main() -> int:
             print("\n".join(soak.failures), file=sys.stderr)
             os._exit(1)  # threads that are stuck would be waited for
     left = descriptors() - before
-    print(
-        f"soak: {options.threads} threads, {options.seconds:.0f} s, seed {options.seed}: {sum(soak.done.values())} operations, 0 wrong bytes;",
-        ", ".join(f"{what} {count}" for what, count in sorted(soak.done.items())),
-        f"; memory: {samples[0] >> 20} MiB at first, {max(samples) >> 20} at most, growth {growth(samples) >> 20}; descriptors left {left}",
-    )
+    operations = ", ".join(f"{what} {count}" for what, count in sorted(soak.done.items()))
+    memory = f"{samples[0] >> 20} MiB at first, {max(samples) >> 20} at most, growth {growth(samples) >> 20}"
+    print(f"soak: {options.threads} threads, {options.seconds:.0f} s, seed {options.seed}")
+    print(f"soak: {soak.done.total()} operations, no wrong byte")
+    print(f"soak: {operations}")
+    print(f"soak: memory {memory}; descriptors left {left}")
     return int(left != 0 or growth(samples) > GROWTH_MAX)
 
 

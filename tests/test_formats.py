@@ -1,4 +1,4 @@
-"""docs/formats.md claims nothing that no test holds."""
+"""docs/formats.md and docs/faults.md claim nothing that no test holds."""
 
 from __future__ import annotations
 
@@ -7,23 +7,44 @@ from pathlib import Path
 
 import pytest
 
-PAGE = Path(__file__).parents[1] / "docs" / "formats.md"
-ROWS = [line.strip("|").split("|") for line in PAGE.read_text().splitlines() if line.startswith("| ") and "| state |" not in line]
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def rows(page: str) -> list[list[str]]:
+    lines = (DOCS / page).read_text().splitlines()
+    return [line.strip("|").split("|") for line in lines if line.startswith("| ") and not line.endswith("| tests |")]
+
+
+FORMATS, FAULTS = rows("formats.md"), rows("faults.md")
 
 
 def test_there_are_rows() -> None:
-    assert len(ROWS) > 40
+    assert len(FORMATS) > 40
+    assert len(FAULTS) > 30
 
 
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0].strip())
+def check_tests(cell: str) -> int:
+    """Whether the tests that are named are there; how many."""
+    named = re.findall(r"`([^`]+)`", cell)
+    for name in named:
+        path, function, _, parameter = re.fullmatch(r"([\w/]+\.(?:py|c))::(\w+)(\[(.*)\])?", name).groups()  # type: ignore[union-attr]
+        source = (Path(__file__).parent / path).read_text()
+        assert f"\n{'def' if path.endswith('.py') else 'static void'} {function}(" in source
+        assert parameter is None or f'"{parameter}"' in source or re.search(r"\d+", parameter)
+    return len(named)
+
+
+@pytest.mark.parametrize("row", FORMATS, ids=lambda row: row[0].strip())
 def test_row(row: list[str]) -> None:
     feature, state, tests = (cell.strip() for cell in row)
     assert feature
     assert re.match(r"(read|refused|kept|not yet)\b", state)
-    named = re.findall(r"`([^`]+)`", tests)
-    assert named or state == "not yet"
-    for name in named:
-        path, function, _, parameter = re.fullmatch(r"([\w/]+\.py)::(\w+)(\[(.*)\])?", name).groups()  # type: ignore[union-attr]
-        source = (Path(__file__).parent / path).read_text()
-        assert f"\ndef {function}(" in source
-        assert parameter is None or f'"{parameter}"' in source or re.search(r"\d+", parameter)
+    assert check_tests(tests) or state == "not yet"
+
+
+@pytest.mark.parametrize("row", FAULTS, ids=lambda row: row[0].strip())
+def test_fault(row: list[str]) -> None:
+    fault, outcome, tests = (cell.strip() for cell in row)
+    assert fault
+    assert outcome
+    assert check_tests(tests)

@@ -16,6 +16,11 @@ UNDER_ASAN = "libasan" in os.environ.get("LD_PRELOAD", "")
 UNDER_TSAN = "libtsan" in os.environ.get("LD_PRELOAD", "")
 
 
+def require_linux() -> None:
+    if sys.platform != "linux":
+        pytest.skip("libc's names are those of Linux")
+
+
 def run(script: str, *arguments: str | Path, folder: Path, preload: bool = True) -> str:
     """Run one of the programs beside this file, which has to end well; what it said."""
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
@@ -28,7 +33,12 @@ def run(script: str, *arguments: str | Path, folder: Path, preload: bool = True)
         subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", shim, HERE / "shim.c", "-ldl"], check=True, env=clean)
         environment["LD_PRELOAD"] = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), str(shim)]))
     done = subprocess.run(
-        [sys.executable, str(HERE / script), *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, cwd=folder
+        [sys.executable, str(HERE / script), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout

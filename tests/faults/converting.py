@@ -1,4 +1,4 @@
-"""Each call on the target, and on the source, fails once, at every place where there is one; nothing is left that looks like a target."""
+"""Each call on the target and on the source fails once, wherever there is one; nothing is left that looks like a target."""
 
 from __future__ import annotations
 

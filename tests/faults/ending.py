@@ -39,7 +39,11 @@ def work(image: fastqcow.Image) -> None:
 
 def main(kind: str) -> None:
     Path("disk.qcow2").write_bytes(IMAGE)
-    sources: dict[str, Callable[[], Any]] = {"path": lambda: "disk.qcow2", "file": lambda: File(IMAGE), "remote": lambda: Remote(IMAGE)}
+    sources: dict[str, Callable[[], Any]] = {
+        "path": lambda: "disk.qcow2",
+        "file": lambda: File(IMAGE),
+        "remote": lambda: Remote(IMAGE),
+    }
     images = [fastqcow.open(sources[kind](), threads=4, cache_size=1 << 20) for _ in range(3)]
     for i in range(9):
         threading.Thread(target=work, args=(images[i % 3],), daemon=True).start()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import _testcapi  # type: ignore[import-not-found]
 import gc
 import os
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-
-import _testcapi
 
 import fastqcow
 from images import plain_and_compressed
@@ -42,7 +41,7 @@ def read_a_file(path: Path) -> None:
             def read(self, nbytes: int) -> bytes:
                 return file.read(nbytes)
 
-        image = fastqcow.open(Wrapped(), threads=2)  # type: ignore[arg-type]
+        image = fastqcow.open(Wrapped(), threads=2)
         assert image.pread(70_000, 100) == CONTENTS[100:70_100]
         image.close()
 
@@ -83,11 +82,12 @@ def once(operation: Callable[[Path], None], path: Path, nth: int, count: int) ->
         where = frames[-1].filename if frames else ""
         # Some of the interpreter's own functions take no memory for something else, or forget to say so.
         named = str(e) in ("error return without exception set", "can't allocate lock")
-        assert isinstance(e, MemoryError) or named or "fastqcow" not in where, (operation.__name__, nth, count, where, error)
+        right = isinstance(e, MemoryError) or named or "fastqcow" not in where
         del e
     else:
         _testcapi.remove_mem_hooks()
         return True
+    assert right, (operation.__name__, nth, count, where, error)
     if where.endswith(".pyx"):  # Python 3.11 itself loses the arguments of a call whose frame has no room
         gc.collect()
         assert len(os.listdir("/proc/self/fd")) == descriptors, (operation.__name__, nth, count, where, error)
@@ -108,7 +108,7 @@ def main(folder: Path) -> None:
             while done < 8 and nth < 3000:  # Python goes on without some of what it asks for
                 done = done + 1 if once(operation, path, nth, count) else 0
                 injected += done == 0
-                nth += 1 if nth < 100 else 9 if count else 25
+                nth += 1 if nth < 60 else 11 if operation is not write else 60
         assert sorted(os.listdir(folder)) == names, operation.__name__
         operation(path)
     print(injected)
