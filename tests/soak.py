@@ -184,7 +184,9 @@ class Soak:
         self.failures: list[str] = []
         self.stop = threading.Event()
         self.seen = [time.monotonic()] * threads
-        self.threads = [threading.Thread(target=self.work, args=(i, random.Random(seed * 1000 + i)), daemon=True) for i in range(threads)]
+        self.threads = [
+            threading.Thread(target=self.work, args=(i, random.Random(seed * 1000 + i)), daemon=True) for i in range(threads)
+        ]
 
     def once(self, rng: random.Random) -> str:
         disk, dice = rng.choice(self.disks), rng.randrange(1000)
