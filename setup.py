@@ -93,7 +93,7 @@ def extensions() -> list[Extension]:
     hardened, hardened_linking = hardening(flags)
     built_in = {"libdeflate": "FQ_HAVE_LIBDEFLATE", "libisal": "FQ_HAVE_ISAL"}
     macros: list[tuple[str, str | None]] = [(macro, "1") for name, macro in built_in.items() if name in names]
-    writing = ["encode", "export", "space", "write"]
+    writing = ["digest", "encode", "export", "space", "write"]
     reading = ["ahead", "batch", "cache", "crypt", "inflate", "l2", "pool", "pwrite", "reader", "scratch", "source", "status"]
 
     def extension(name: str, core: list[str], libraries: list[str] = link) -> Extension:

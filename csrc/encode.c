@@ -48,6 +48,13 @@ static fq_status run_libz(void *state, const uint8_t *in, size_t in_nbytes, uint
     return ret == Z_STREAM_END || ret == Z_OK || ret == Z_BUF_ERROR ? FQ_OK : FQ_ERR_ARGUMENT;
 }
 
+/* As zconf.h has it: of the window and the hash chains, and 16 KiB for the rest. */
+static size_t state_nbytes_libz(int level, size_t in_nbytes)
+{
+    (void)level, (void)in_nbytes;
+    return (1 << (12 + 2)) + (1 << (9 + 9)) + (16 << 10);
+}
+
 static void *open_zstd(int level)
 {
     ZSTD_CCtx *zstd = ZSTD_createCCtx();
@@ -74,5 +81,21 @@ static fq_status run_zstd(void *state, const uint8_t *in, size_t in_nbytes, uint
     return ZSTD_getErrorCode(n) == ZSTD_error_memory_allocation ? FQ_ERR_NOMEM : FQ_ERR_ARGUMENT;
 }
 
-const fq_encoder fq_encoder_libz = {1, 9, open_libz, close_libz, run_libz};
-const fq_encoder fq_encoder_zstd = {1, 19, open_zstd, close_zstd, run_zstd};
+/* From 1 to 18 times the cluster, by the level; libzstd tells of a state that was used. */
+static size_t state_nbytes_zstd(int level, size_t in_nbytes)
+{
+    ZSTD_CCtx *zstd = open_zstd(level);
+    uint8_t *zeroes = calloc(2, in_nbytes);
+    size_t nbytes = 0;
+
+    if (zstd && zeroes) {
+        ZSTD_compress2(zstd, zeroes + in_nbytes, in_nbytes, zeroes, in_nbytes);
+        nbytes = ZSTD_sizeof_CCtx(zstd);
+    }
+    free(zeroes);
+    ZSTD_freeCCtx(zstd);
+    return nbytes;
+}
+
+const fq_encoder fq_encoder_libz = {1, 9, open_libz, close_libz, state_nbytes_libz, run_libz};
+const fq_encoder fq_encoder_zstd = {1, 19, open_zstd, close_zstd, state_nbytes_zstd, run_zstd};

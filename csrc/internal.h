@@ -222,6 +222,22 @@ typedef struct fq_dest {
 
 typedef struct fq_job fq_job;
 
+/* ---- digest.c: where the digest of a job is */
+
+typedef struct fq_digest {
+    pthread_mutex_t lock;
+    pthread_cond_t turn;
+    uint64_t next; /* the first byte that was not digested yet */
+} fq_digest;
+
+void fq_digest_init(fq_digest *digest);
+void fq_digest_destroy(fq_digest *digest);
+/* Digest a stretch of the disk, NULL for zeroes, and zeroes before it; when all that lies before `from` was. */
+fq_status fq_digest_take(fq_job *job, fq_digest *digest, uint64_t from, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes,
+                         bool is_caller, fq_error *error);
+
+/* ---- batch.c again */
+
 /* Read from the sources: plain data into the buffers, compressed clusters into scratch->in; pin those that are cached already. */
 fq_status fq_batch_fetch(fq_job *job, fq_batch *batch, fq_scratch *scratch, const fq_dest *dest, fq_error *error);
 /* Inflate what was fetched, and fill in the zeroes. */
@@ -238,6 +254,7 @@ struct fq_job {
     const fq_request *request;
     const fq_dest *dest; /* where the bytes go; NULL: to write() */
     fq_status (*write)(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, fq_error *error); /* NULL: zeroes */
+    fq_digest *digest; /* of what is written; or NULL */
     bool (*copy)(fq_job *job, const fq_batch *batch); /* tried on plain data, before it is fetched: whether it is done; or NULL */
     void *arg;                                        /* for write() and copy() */
     bool zeroes_are_free;                             /* write() does nothing for zeroes: they need not be cut up */
@@ -260,6 +277,8 @@ struct fq_job {
 };
 
 void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_request *request);
+/* What fq_job_run does at its end. */
+void fq_job_destroy(fq_job *job);
 uint64_t fq_now_ms(void);
 /* Ask the caller whether to go on, if it is time to; by the calling thread only. */
 void fq_job_poll(void *job);

@@ -134,6 +134,12 @@ void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nb
     pthread_cond_init(&job->turn, NULL);
 }
 
+void fq_job_destroy(fq_job *job)
+{
+    pthread_mutex_destroy(&job->lock);
+    pthread_cond_destroy(&job->turn);
+}
+
 /* Leave what lies behind the first nbytes of a run to the next batch. */
 static void cut_run(fq_job *job, fq_run *run, uint64_t nbytes)
 {
@@ -331,6 +337,8 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
     fq_batch_release(job, b);
     if (status == FQ_OK && job->write && b->count > 0 && !copied)
         status = job->write(job, b->guest_off, buffer.base, b->nbytes, &error);
+    if (status == FQ_OK && job->digest && b->count > 0)
+        status = fq_digest_take(job, job->digest, b->guest_off, b->guest_off, buffer.base, b->nbytes, b->by_caller, &error);
     if (status != FQ_OK)
         fq_job_fail(job, &error);
     atomic_fetch_add(&job->done_nbytes, b->nbytes);
@@ -365,8 +373,7 @@ fq_status fq_job_run_by(fq_job *job, unsigned threads, void (*fn)(void *job, boo
 {
     job->threads = threads;
     fq_pool_run(threads > 1 ? threads - 1 : 0, fn, fq_job_poll, job);
-    pthread_mutex_destroy(&job->lock);
-    pthread_cond_destroy(&job->turn);
+    fq_job_destroy(job);
     if (job->error.status != FQ_OK)
         *error = job->error;
     return job->error.status;

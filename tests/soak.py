@@ -1,8 +1,7 @@
-"""Many threads on few images for as long as is wanted: python tests/soak.py SECONDS [--threads N] [--seed N].
+"""Many threads on few images for as long as is wanted: python tests/soak.py SECONDS [--threads N] [--seed N] [--stuck SECONDS].
 
 Threads read pieces of all sizes, walk, map, open snapshots and close them, convert, and close and reopen what the others are reading,
-through caches that are too small. Every byte is compared. It ends with an error where one is wrong, where a thread does not come on
-for STUCK seconds, where memory grows, or where a descriptor or a thread is left.
+through caches that are too small. Every byte is compared. It ends with an error where one is wrong, where a thread does not come on, where memory grows, or where a descriptor or a thread is left.
 """
 
 from __future__ import annotations
@@ -29,7 +28,8 @@ SIZE = 12 << 20
 CACHE_SIZE = 1 << 20
 PIECES = (1, 512, 4096, 4096, 4096, 65_536, 100_000, 1 << 20, 3 << 20)
 STUCK = 240
-RSS_MAX = 900 << 20
+RSS_MAX = 1200 << 20  # a third of it is what the disks are to hold; a conversion may take 100 MiB
+CONVERSIONS = threading.Semaphore(3)
 GROWTH_MAX = 64 << 20
 
 
@@ -178,8 +178,8 @@ def convert(disk: Disk, rng: random.Random, folder: Path) -> None:
 
 
 class Soak:
-    def __init__(self, disks: list[Disk], folder: Path, threads: int, seed: int) -> None:
-        self.disks, self.folder = disks, folder
+    def __init__(self, disks: list[Disk], folder: Path, threads: int, seed: int, stuck: float) -> None:
+        self.disks, self.folder, self.stuck = disks, folder, stuck
         self.done: Counter[str] = Counter()
         self.failures: list[str] = []
         self.stop = threading.Event()
@@ -194,7 +194,12 @@ class Soak:
             disk.replace()
             return "reopened"
         if dice < 13:
-            convert(disk, rng, self.folder)
+            if not CONVERSIONS.acquire(blocking=False):
+                return "too many conversions"
+            try:
+                convert(disk, rng, self.folder)
+            finally:
+                CONVERSIONS.release()
             return "converted"
         if dice < 100:
             visit_a_snapshot(disk, rng)
@@ -227,18 +232,18 @@ class Soak:
                 end += now - last
                 self.seen = [seen + now - last for seen in self.seen]
             last = now
-            faulthandler.dump_traceback_later(4 * STUCK, exit=True)  # in case that this thread gets stuck too
+            faulthandler.dump_traceback_later(4 * self.stuck, exit=True)  # in case that this thread gets stuck too
             samples.append(resident())
             if samples[-1] > RSS_MAX:
                 self.failures.append(f"{samples[-1] >> 20} MiB of memory are in use")
                 break
-            if now - min(self.seen) > STUCK:
+            if now - min(self.seen) > self.stuck:
                 faulthandler.dump_traceback(all_threads=True)
-                self.failures.append(f"a thread has not come on for {STUCK} s")
+                self.failures.append(f"a thread has not come on for {self.stuck:.0f} s")
                 break
         self.stop.set()
         for thread in self.threads:
-            thread.join(STUCK if not self.failures else 1)
+            thread.join(self.stuck if not self.failures else 1)
             if thread.is_alive() and not self.failures:
                 faulthandler.dump_traceback(all_threads=True)
                 self.failures.append("a thread does not end")
@@ -269,13 +274,14 @@ def main() -> int:
     parser.add_argument("seconds", type=float)
     parser.add_argument("--threads", type=int, default=64)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--stuck", type=float, default=STUCK, help="a thread that does not come on for so many seconds is stuck")
     options = parser.parse_args()
     faulthandler.enable()
     sys.setswitchinterval(0.001)
     before = descriptors()
     with tempfile.TemporaryDirectory(prefix="fastqcow-soak-") as folder:
         disks = make_disks(Path(folder), random.Random(options.seed))
-        soak = Soak(disks, Path(folder), options.threads, options.seed)
+        soak = Soak(disks, Path(folder), options.threads, options.seed, options.stuck)
         samples = soak.watch(options.seconds)
         for disk in disks:
             disk.image.close()
@@ -286,7 +292,7 @@ def main() -> int:
     print(
         f"soak: {options.threads} threads, {options.seconds:.0f} s, seed {options.seed}: {sum(soak.done.values())} operations, 0 wrong bytes;",
         ", ".join(f"{what} {count}" for what, count in sorted(soak.done.items())),
-        f"; memory: most {max(samples) >> 20} MiB, growth {growth(samples) >> 20} MiB; descriptors left {left}",
+        f"; memory: {samples[0] >> 20} MiB at first, {max(samples) >> 20} at most, growth {growth(samples) >> 20}; descriptors left {left}",
     )
     return int(left != 0 or growth(samples) > GROWTH_MAX)
 

@@ -100,6 +100,7 @@ cdef extern from "fastqcow.h" nogil:
     ctypedef struct fq_request:
         void *user
         int (*poll)(void *user, uint64_t done_nbytes) noexcept
+        int (*digest)(void *user, const uint8_t *data, uint64_t nbytes) noexcept
 
     ctypedef struct fq_source
     ctypedef ptrdiff_t (*fq_read_fn)(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept
@@ -186,7 +187,7 @@ cdef extern from "fastqcow.h" nogil:
         uint32_t refcount_order
         const fq_encoder *encoder
         int level
-        bint dense
+        uint64_t grain
         unsigned threads
         size_t tables_nbytes
 

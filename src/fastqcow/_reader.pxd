@@ -27,6 +27,7 @@ cdef class Request:
     cdef fq_request c
     cdef object exception
     cdef object progress
+    cdef object digest
 
 
 cdef class Source:

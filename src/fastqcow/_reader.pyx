@@ -7,9 +7,10 @@ it lets that read finish; the last one out frees.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_READ, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.memoryview cimport PyMemoryView_FromMemory
 from cpython.pycapsule cimport PyCapsule_New
 from libc.stddef cimport ptrdiff_t
 from libc.stdlib cimport calloc, free
@@ -62,10 +63,13 @@ cdef enum:
 cdef class Request:
     """One call of the core: what to poll for, and what a callback raised."""
 
-    def __cinit__(self, progress=None):
+    def __cinit__(self, progress=None, digest=None):
         self.progress = progress
+        self.digest = digest
         self.c.user = <void *>self
         self.c.poll = poll
+        if digest is not None:
+            self.c.digest = update_digest
 
     def stopped(self):
         """Whether what is read for it is not wanted any more."""
@@ -74,6 +78,8 @@ cdef class Request:
 
 # Callbacks are in two parts. An interpreter that is being shut down ends the threads that want the GIL, and one that is gone has none: so
 # those that still read then, which daemon threads alone do, have to fail without it. The second part takes it before its first line.
+#
+# No `return` within `except`, and no `with`: where there is no memory for a traceback, what Cython makes of these reads a null pointer.
 
 
 cdef int poll(void *user, uint64_t done_nbytes) noexcept nogil:
@@ -82,15 +88,29 @@ cdef int poll(void *user, uint64_t done_nbytes) noexcept nogil:
 
 cdef int poll_python(void *user, uint64_t done_nbytes) noexcept with gil:
     request = <Request>user
-    if request.exception is not None:
-        return 1
     try:
-        PyErr_CheckSignals()
-        if request.progress is not None:
-            request.progress(done_nbytes)
+        if request.exception is None:
+            PyErr_CheckSignals()
+            if request.progress is not None:
+                request.progress(done_nbytes)
     except BaseException as e:
         note(request, e)
-        return 1
+    return request.exception is not None
+
+
+ZEROES = bytes(1 << 20)
+
+
+cdef int update_digest(void *user, const uint8_t *data, uint64_t nbytes) noexcept with gil:
+    request = <Request>user
+    try:
+        if data == NULL:
+            request.digest.update(memoryview(ZEROES)[:nbytes])
+        else:
+            request.digest.update(PyMemoryView_FromMemory(<char *>data, nbytes, PyBUF_READ))
+    except BaseException as e:
+        note(request, e)
+        return -1
     return 0
 
 
@@ -106,13 +126,14 @@ cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, 
 
 
 cdef ptrdiff_t read_file_python(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept with gil:
+    cdef ptrdiff_t got = -1
     source = <Source>opaque
     try:
-        return source.read_file(buf, nbytes, host_off)
+        got = source.read_file(buf, nbytes, host_off)
     except BaseException as e:
         if user != NULL:
             note(<Request>user, e)
-        return -1
+    return got
 
 
 cdef int read_ranges(void *opaque, void *user, fq_range *ranges, size_t count) noexcept nogil:
@@ -120,13 +141,14 @@ cdef int read_ranges(void *opaque, void *user, fq_range *ranges, size_t count) n
 
 
 cdef int read_ranges_python(void *opaque, void *user, fq_range *ranges, size_t count) noexcept with gil:
+    cdef int ret = -1
     source = <Source>opaque
     try:
-        return source.read_ranges(ranges, count, None if user == NULL else <Request>user)
+        ret = source.read_ranges(ranges, count, None if user == NULL else <Request>user)
     except BaseException as e:
         if user != NULL:
             note(<Request>user, e)
-        return -1
+    return ret
 
 
 cdef bytes bytes_of(object data, size_t nbytes, str called):
@@ -200,7 +222,12 @@ cdef class Source:
     @staticmethod
     def from_fd(int fd, str path, bint has_path, bint seek_holes):
         """Takes the descriptor over, and closes it with the object. seek_holes: its position is nobody else's."""
-        cdef Source self = Source.__new__(Source)
+        cdef Source self
+        try:
+            self = Source.__new__(Source)
+        except MemoryError:
+            close(fd)
+            raise
         self.fd = fd
         self.path = path
         self.has_path = has_path
@@ -216,8 +243,12 @@ cdef class Source:
         self.path = path
         self.has_path = has_path
         self.lock = locks.for_file(file)
-        with self.lock.lock:
+        lock = self.lock.lock
+        lock.acquire()
+        try:
             size = file.seek(0, os.SEEK_END)
+        finally:
+            lock.release()
         if hasattr(file, "read_ranges"):
             self.c = _core.fq_source_remote(read_ranges, <void *>self, size)
         else:
@@ -228,9 +259,13 @@ cdef class Source:
 
     cdef ptrdiff_t read_file(self, uint8_t *buf, size_t nbytes, uint64_t host_off) except -1:
         # read() and a copy rather than readinto(): a file that kept the buffer it is given would keep memory of ours.
-        with self.lock.lock:
+        lock = self.lock.lock
+        lock.acquire()
+        try:
             self.file.seek(host_off)
             data = self.file.read(nbytes)
+        finally:
+            lock.release()
         found = bytes_of(data, nbytes, f"{type(self.file).__name__}.read")
         memcpy(buf, PyBytes_AS_STRING(found), len(found))
         return len(found)
@@ -282,17 +317,18 @@ cdef int run_cipher(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks,
 
 
 cdef int run_cipher_python(void *opaque, void *user, fq_cipher cipher, uint8_t *blocks, size_t nbytes) noexcept with gil:
+    cdef int ret = -1
     crypt = <Crypt>opaque
     try:
         out = crypt.ciphers[<int>cipher](PyBytes_FromStringAndSize(<char *>blocks, nbytes))
         if not isinstance(out, bytes) or <size_t>len(out) != nbytes:
             raise ValueError("a cipher returned something else than as many bytes as it was given")
         memcpy(blocks, PyBytes_AS_STRING(out), nbytes)
+        ret = 0
     except BaseException as e:
         if user != NULL:
             note(<Request>user, e)
-        return -1
-    return 0
+    return ret
 
 
 cdef class Crypt:
@@ -513,12 +549,13 @@ cdef class Reader:
         finally:
             free(found)
 
-    def export(self, int fd, path, uint64_t grain, bint reads_zero, bint offload, progress):
-        """Write the whole disk to a descriptor, by position; `path` is its name in errors. progress is called with the bytes done.
+    def export(self, int fd, path, uint64_t grain, bint reads_zero, bint offload, progress, digest):
+        """Write the whole disk to a descriptor, by position; `path` is its name in errors. progress is called with the bytes done, the
+        `update` of `digest`, if it is not None, with all bytes in their order.
 
         Returns the bytes written as data.
         """
-        cdef Request request = Request(progress)
+        cdef Request request = Request(progress, digest)
         cdef fq_target target
         cdef uint64_t written
         cdef fq_error error

@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import TypedDict
 
 from fastqcow._reader import Reader
+from fastqcow._types import Digest
 
 class Written(TypedDict):
     size: int
@@ -24,6 +25,7 @@ def write(
     fd: int,
     path: str,
     progress: Callable[[int], object] | None,
+    digest: Digest | None,
     *,
     version: int,
     cluster_bits: int,
@@ -31,7 +33,7 @@ def write(
     refcount_order: int,
     encoder: object,
     level: int,
-    dense: bool,
+    grain: int,
     threads: int,
     tables_nbytes: int,
 ) -> Written: ...

@@ -5,7 +5,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from libc.string cimport memset
 
 from fastqcow cimport _core, _reader
-from fastqcow._core cimport fq_encoder, fq_error, fq_reader, fq_status, fq_write_options, fq_written, uint32_t
+from fastqcow._core cimport fq_encoder, fq_error, fq_reader, fq_status, fq_write_options, fq_written, uint32_t, uint64_t
 from fastqcow._reader cimport Reader, Request, check
 
 
@@ -17,6 +17,7 @@ def write(
     int fd,
     str path,
     progress,
+    digest,
     *,
     uint32_t version,
     uint32_t cluster_bits,
@@ -24,17 +25,17 @@ def write(
     uint32_t refcount_order,
     encoder,
     int level,
-    bint dense,
+    uint64_t grain,
     unsigned threads,
     size_t tables_nbytes,
 ):
     """Write the disk of a reader, or where that is None what comes from the descriptor `stream`, to the descriptor `fd`, all but the
-    header. The paths are their names in errors; progress is called with the bytes done. encoder: LIBZ or ZSTD of _reader, ENCODER of
-    _isal, or None to store clusters as they are.
+    header. The paths are their names in errors; progress is called with the bytes done, the `update` of `digest`, if it is not None, with
+    the bytes of the disk. encoder: LIBZ or ZSTD of _reader, ENCODER of _isal, or None to store clusters as they are.
 
     Returns the fields of fq_written.
     """
-    cdef Request request = Request(progress)
+    cdef Request request = Request(progress, digest)
     cdef fq_reader *of = reader.c if reader is not None else NULL
     cdef fq_reader *over = backing.c if backing is not None else NULL
     cdef fq_write_options options
@@ -52,7 +53,7 @@ def write(
     if encoder is not None:
         options.encoder = <const fq_encoder *>PyCapsule_GetPointer(encoder, "fastqcow.encoder")
     options.level = level
-    options.dense = dense
+    options.grain = grain
     options.threads = threads
     options.tables_nbytes = tables_nbytes
     with nogil:

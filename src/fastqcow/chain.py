@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fastqcow.crypt import Password
     from fastqcow.policy import Rule
 
-__all__ = ["Layer", "Options", "is_encrypted", "make_options", "open_chain", "open_over", "open_view", "reopened", "walk"]
+__all__ = ["Layer", "Options", "is_encrypted", "layers", "make_options", "open_chain", "open_over", "open_view", "reopened", "walk"]
 
 DEPTH_MAX = 200
 L1_NBYTES_MAX = 256 << 20  # of all layers together; each may have 32 MiB
@@ -146,11 +146,11 @@ def open_over(source: Source, head: Header, data: Source | None, below: Layer | 
     check_data_file(source, head)
     if isinstance(below, Source):
         below = _open_layer(below, None, None, None, None, options, head.cluster_size, 2)
-    layers = _layers(below) if below else []
-    if len(layers) >= DEPTH_MAX:
+    chain = layers(below) if below else []
+    if len(chain) >= DEPTH_MAX:
         raise FormatError(f"the backing chain is deeper than {DEPTH_MAX} files", path=source.path)
-    _check_l1_tables([head, *(each.header for each in layers if each.header)], source.path)
-    return _open_layer(source, head, data, None, below, options, head.cluster_size, len(layers) + 1)
+    _check_l1_tables([head, *(each.header for each in chain if each.header)], source.path)
+    return _open_layer(source, head, data, None, below, options, head.cluster_size, len(chain) + 1)
 
 
 def walk(source: Path | BinaryFile, rule: Rule) -> Iterator[tuple[Source, Header | None]]:
@@ -190,12 +190,12 @@ def open_view(image: Layer, options: Options, *, size: int, l1_off: int, l1_entr
 
 def is_encrypted(layer: Layer) -> bool:
     """Whether some file of the chain needed a password."""
-    return any(each.crypt is not None for each in _layers(layer))
+    return any(each.crypt is not None for each in layers(layer))
 
 
 def reopened(layer: Layer, options: Options) -> Layer:
     """The same files and keys, with caches of their own: nothing of what was read is in them."""
-    chain = _layers(layer)
+    chain = layers(layer)
     largest = max(each.header.cluster_size for each in chain if each.header)
     below = None
     for each in reversed(chain):
@@ -204,7 +204,7 @@ def reopened(layer: Layer, options: Options) -> Layer:
     return below
 
 
-def _layers(top: Layer) -> list[Layer]:
+def layers(top: Layer) -> list[Layer]:
     """A layer and those below it."""
     found, layer = [top], top.backing
     while layer is not None:

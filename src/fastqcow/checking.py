@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastqcow._reader import Source
     from fastqcow._types import BinaryFile, Path
 
-__all__ = ["CheckResult", "Finding", "check"]
+__all__ = ["CheckResult", "Finding", "check", "check_source"]
 
 FILE_NBYTES_MAX = 0x7FFF_FFFF_C000_0000  # beyond which QEMU reads nothing
 _SEVERITIES = {
@@ -94,7 +94,11 @@ def check(source: Path | BinaryFile, *, report: Callable[[Finding], object] | No
         UnsupportedError: a version or a feature that is not known.
         OSError: the file cannot be opened or read.
     """
-    opened = open_source(source)
+    return check_source(open_source(source), report)
+
+
+def check_source(opened: Source, report: Callable[[Finding], object] | None = None) -> CheckResult:
+    """As `check`, of a file that is open."""
     header = Header.read(opened.pread, opened.path)
     if header.unsupported:
         raise UnsupportedError(header.unsupported, path=opened.path)

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["CorruptWarning", "Error", "FormatError", "PasswordError", "PolicyError", "UnsupportedError"]
+__all__ = [
+    "CheckWarning",
+    "CorruptWarning",
+    "Error",
+    "FormatError",
+    "PasswordError",
+    "PolicyError",
+    "UnsupportedError",
+    "VerifyError",
+]
 
 
 class Error(Exception):
@@ -52,6 +61,14 @@ class PolicyError(Error):
 
 class PasswordError(Error):
     """The image is encrypted, and the password is missing or wrong."""
+
+
+class VerifyError(Error):
+    """What a conversion wrote was read back, and is something else. `path` is the target, whose name it never got."""
+
+
+class CheckWarning(UserWarning):
+    """A check before a conversion found space that is lost, or that is in use for different things at once."""
 
 
 class CorruptWarning(UserWarning):

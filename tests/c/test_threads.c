@@ -205,6 +205,83 @@ static void test_fork(void)
     free_image(&m);
 }
 
+typedef struct quitter {
+    memory at;
+    fq_reader *reader;
+    pthread_t thread;
+    uint8_t *whole;
+    atomic_int quits, inside; /* other threads in the callback */
+} quitter;
+
+/* The interpreter ends threads so that come back to it when it is shut down. */
+static int read_and_quit(void *opaque, void *user, fq_range *ranges, size_t count)
+{
+    quitter *q = opaque;
+    int ret;
+
+    if (pthread_equal(pthread_self(), q->thread)) {
+        if (atomic_load(&q->inside) > 0) {
+            atomic_store(&q->quits, 1);
+            pthread_exit(NULL);
+        }
+        return read_memory_ranges(&q->at, user, ranges, count);
+    }
+    atomic_fetch_add(&q->inside, 1);
+    usleep(50000);
+    ret = read_memory_ranges(&q->at, user, ranges, count);
+    atomic_fetch_sub(&q->inside, 1);
+    return ret;
+}
+
+static void *quitter_main(void *arg)
+{
+    quitter *q = arg;
+    fq_error error;
+
+    q->thread = pthread_self();
+    for (;;)
+        read_at(q->reader, q->whole, q->at.m->size, 0, &error);
+    return NULL;
+}
+
+static void *wipe_stack(void *arg)
+{
+    volatile uint8_t bytes[256 << 10];
+
+    for (size_t i = 0; i < sizeof(bytes); i++)
+        bytes[i] = 0xff;
+    return arg;
+}
+
+/* A callback ends the thread that reads, while others are at work for it: they do not touch a stack that is not there any more. */
+static void test_thread_that_is_ended(void)
+{
+    static quitter q; /* which nothing here outlives */
+    static image m;
+    pthread_attr_t attr;
+    pthread_t thread;
+    fq_source *source;
+
+    m = make_image(FQ_CODEC_DEFLATE);
+    for (size_t i = CLUSTERS; i < 6 * CLUSTERS; i++) /* enough for several threads */
+        memcpy(m.file + CLUSTER + 8 * i, m.file + CLUSTER + 8 * (i % CLUSTERS), 8);
+    m.size *= 6;
+    q.at.m = &m;
+    q.whole = malloc(m.size);
+    source = fq_source_remote(read_and_quit, &q, m.nbytes);
+    q.reader = open_image(&m, source, NULL, 4, 0);
+    pthread_attr_init(&attr);
+    pthread_attr_setdetachstate(&attr, PTHREAD_CREATE_DETACHED);
+    CHECK(pthread_create(&thread, &attr, quitter_main, &q) == 0);
+    while (!atomic_load(&q.quits))
+        usleep(1000);
+    for (int i = 0; i < 100; i++) {
+        CHECK(pthread_create(&thread, NULL, wipe_stack, NULL) == 0);
+        pthread_join(thread, NULL);
+        usleep(2000);
+    }
+}
+
 #ifdef __SANITIZE_THREAD__
 /* Without this TSan ends a forked child that starts threads, which is what test_fork is about. */
 const char *__tsan_default_options(void);
@@ -223,6 +300,7 @@ int main(void)
     test_cancel();
     test_cancelled_map();
     test_fork();
+    test_thread_that_is_ended();
     puts("threads: all tests passed");
     return 0;
 }

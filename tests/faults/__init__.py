@@ -1,0 +1,56 @@
+"""Programs that run while calls of libc fail: see shim.c."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+UNDER_ASAN = "libasan" in os.environ.get("LD_PRELOAD", "")
+UNDER_TSAN = "libtsan" in os.environ.get("LD_PRELOAD", "")
+
+
+def run(script: str, *arguments: str | Path, folder: Path, preload: bool = True) -> str:
+    """Run one of the programs beside this file, which has to end well; what it said."""
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
+    if preload:
+        compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+        if sys.platform != "linux" or not compiler:
+            pytest.skip("LD_PRELOAD as on Linux is needed, and a C compiler")
+        shim = folder / "shim.so"
+        clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+        subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", shim, HERE / "shim.c", "-ldl"], check=True, env=clean)
+        environment["LD_PRELOAD"] = " ".join(filter(None, [os.environ.get("LD_PRELOAD"), str(shim)]))
+    done = subprocess.run(
+        [sys.executable, str(HERE / script), *map(str, arguments)], capture_output=True, text=True, check=False, env=environment, cwd=folder
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+class Fault:
+    """In a program that is run so: `with Fault("pwrite", 3, errno.ENOSPC, "out") as fault: ...`, and then fault.calls."""
+
+    shim = ctypes.CDLL(None)
+
+    def __init__(self, call: str, nth: int, error: int, where: str = "") -> None:
+        self.armed = call.encode(), ctypes.c_long(nth), error, where.encode()
+        self.nth = abs(nth)
+        self.calls = 0
+
+    def __enter__(self) -> Fault:
+        self.shim.fault_arm(*self.armed)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.calls = self.shim.fault_calls()
+
+    @property
+    def struck(self) -> bool:
+        return self.calls >= self.nth
