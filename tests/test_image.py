@@ -294,7 +294,8 @@ def test_of_two_errors_the_first_is_told(tmp_path: Path, first: str, second: str
     path = tmp_path / "disk.qcow2"
     entries = [good, data_entry(AT), BAD[first], good, BAD[second], data_entry(AT)]
     path.write_bytes(build(entries, b"\xff" * 2 * CLUSTER + stream + bytes(512)))
-    for options in ({"threads": 1}, {"threads": 3}, {"threads": 1, "cache_size": 0}):
+    ways: list[dict[str, Any]] = [{"threads": 1}, {"threads": 3}, {"threads": 1, "cache_size": 0}]
+    for options in ways:
         for start in (0, 3 * CLUSTER - 700):
             with fastqcow.open(path, **options) as image, pytest.raises(fastqcow.FormatError) as caught:
                 image.pread(6 * CLUSTER, start)
