@@ -509,10 +509,30 @@ static fq_status read_whole_cluster(fq_job *job, fq_batch *b, size_t i, fq_scrat
     return status;
 }
 
-/*
- * What others are at work on was not fetched. Where fetching fails, the clusters among them that come before that are looked at all
- * the same: the lowest error counts.
- */
+/* Fetching has failed. What comes before that on the disk may be bad too, and is looked at in turn: the lowest error counts. */
+static fq_status find_lowest_error(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+{
+    for (size_t i = 0; i < b->count && b->runs[i].guest_off < error->guest_off; i++) {
+        const fq_run *run = &b->runs[i];
+        fq_status status = FQ_OK;
+        fq_error each;
+
+        if (b->by_caller)
+            fq_job_poll(job);
+        if (atomic_load(&job->cancelled))
+            return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
+        if (run->kind == FQ_DATA)
+            status = fetch_data(job, b, run, scratch, dest, &each);
+        else if (run->kind == FQ_COMPRESSED)
+            status = read_part_of_cluster(job, b, run, scratch, dest, &each);
+        if (status != FQ_OK) {
+            *error = each;
+            break;
+        }
+    }
+    return error->status;
+}
+
 fq_status fq_batch_fetch(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {
     fq_status status = FQ_OK;
@@ -526,16 +546,9 @@ fq_status fq_batch_fetch(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq
     for (size_t i = 0; i < b->count && status == FQ_OK; i++)
         if (b->runs[i].kind == FQ_DATA)
             status = fetch_data(job, b, &b->runs[i], scratch, dest, error);
-    if (status == FQ_OK || status == FQ_ERR_SOURCE || status == FQ_ERR_CANCELLED)
+    if (status == FQ_OK || status == FQ_ERR_SOURCE || status == FQ_ERR_CANCELLED || status == FQ_ERR_NOMEM)
         return status;
-    for (size_t i = 0; i < b->count; i++) {
-        fq_error each;
-
-        if (b->late[i] && b->runs[i].guest_off < error->guest_off &&
-            read_part_of_cluster(job, b, &b->runs[i], scratch, dest, &each) != FQ_OK && each.guest_off < error->guest_off)
-            *error = each;
-    }
-    return error->status;
+    return find_lowest_error(job, b, scratch, dest, error);
 }
 
 /* Of an error nobody hears: whoever comes to this cluster will meet it. */

@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import itertools
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -37,7 +38,6 @@ PART = 65536
 READ_NBYTES_MAX = 8 << 20
 OTHER_PARTS = 6
 SECONDS_MAX = 10.0
-SECRET = {"encrypt": {"format": "luks", "key-secret": "s0"}}
 
 Made = Callable[[Qemu, Path], Path]
 Parts = dict[tuple[int, int], bytes | None]  # by offset and length
@@ -82,6 +82,13 @@ def of_scheme(scheme: tuple[str, int, str, str]) -> Made:
     return make
 
 
+def legacy(qemu: Qemu, folder: Path) -> Path:
+    image = Encrypted(qemu, folder / "disk.qcow2", PASSWORD)
+    image.create("", 3 << 20, fmt="aes")
+    image.fill()
+    return image.path
+
+
 def with_data_file(qemu: Qemu, folder: Path) -> Path:
     path = folder / "disk.qcow2"
     qemu.img("create", "-q", "-f", "qcow2", "-o", f"data_file={folder / 'data.raw'},data_file_raw=off", path, "2M")
@@ -90,7 +97,7 @@ def with_data_file(qemu: Qemu, folder: Path) -> Path:
 
 
 def all_images() -> dict[str, Made]:
-    found: dict[str, Made] = {"data file": with_data_file}
+    found: dict[str, Made] = {"data file": with_data_file, "legacy encryption": legacy}
     for geometry, codec, content in itertools.product(GEOMETRIES, CODECS, CONTENTS):
         name = f"matrix-{geometry[0]}{'-ext' if geometry[1] else ''}-{codec}-{content}"
         found[name] = of_matrix(geometry, codec, content)
@@ -103,6 +110,7 @@ def all_images() -> dict[str, Made]:
 
 IMAGES = all_images()
 QUICK = [name for name in IMAGES if name.endswith("-mixed")] + ["data file", "random-1", "random-7", "tables-data", "tables-zero"]
+QUICK += ["legacy encryption"]
 QUICK += [name for name in IMAGES if name.startswith(("encrypted-aes-64-xts-plain64-sha256", "encrypted-serpent-32-cbc"))]
 
 
@@ -134,7 +142,8 @@ def test_damaged_images(
     qemu: Qemu, daemon: Daemon, outcomes: collections.Counter[str], tmp_path: Path, image_name: str, damage_count: int
 ) -> None:
     top = IMAGES[image_name](qemu, tmp_path)
-    options = SECRET if image_name.startswith("encrypted") else {}
+    format_name = {"encrypted": "luks", "legacy": "aes"}.get(re.split("[- ]", image_name)[0])
+    options = {"encrypt": {"format": format_name, "key-secret": "s0"}} if format_name else {}
     files = sorted(tmp_path.glob("*.qcow2"))
     sound = {path: path.read_bytes() for path in files}
     geometries = {path: Geometry(path) for path in files}
