@@ -5,8 +5,13 @@ anywhere. Libraries are found by pkg-config alone: it knows where a distribution
 """
 
 import os
+import platform
+import shlex
 import subprocess
 import sys
+import sysconfig
+import tempfile
+from pathlib import Path
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -45,16 +50,50 @@ def libraries() -> list[str]:
     return ["zlib", "libzstd", *optional]
 
 
+def accepts(*flags: str) -> bool:
+    """Whether the compiler and its linker make a module with these flags, and have nothing to say against them."""
+    compiler = shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.c")
+        source.write_text("#include <string.h>\nint probe(char *to, const char *from);\n")
+        with source.open("a") as f:
+            f.write("int probe(char *to, const char *from) { strcpy(to, from); return 0; }\n")
+        command = [*compiler, "-shared", "-fPIC", "-O2", "-Werror", *flags, "probe.c", "-o", "probe.so"]
+        try:
+            return subprocess.run(command, cwd=folder, capture_output=True, check=False).returncode == 0
+        except FileNotFoundError:
+            return False
+
+
+def hardening(given: list[str]) -> tuple[list[str], list[str]]:
+    """What makes it harder to make use of an error in the core: flags for the compiler and for the linker, those that they know.
+
+    given: flags of the one who builds, who may have a say on _FORTIFY_SOURCE. It needs optimization, and takes calls away from
+    sanitizers that they want to see.
+    """
+    flow = {"x86_64": "-fcf-protection=full", "aarch64": "-mbranch-protection=standard", "arm64": "-mbranch-protection=standard"}
+    wanted = ["-fstack-protector-strong", "-fstack-clash-protection", *filter(None, [flow.get(platform.machine())])]
+    compiling = [flag for flag in wanted if accepts(flag)]
+    if not any("FORTIFY_SOURCE" in flag or flag == "-O0" or flag.startswith("-fsanitize") for flag in given):
+        fortified = (["-U_FORTIFY_SOURCE", f"-D_FORTIFY_SOURCE={level}"] for level in (3, 2))
+        compiling += next((flags for flags in fortified if accepts(*flags)), [])
+    # Start files of some systems are without the mark that says so, and would take it from the module. They do nothing against it.
+    shadow_stack = ["-Wl,-z,shstk"] if "-fcf-protection=full" in compiling else []
+    linking = [flag for flag in ("-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack", *shadow_stack) if accepts(flag)]
+    return compiling, linking
+
+
 def extensions() -> list[Extension]:
     names = libraries()
     include = [f[2:] for f in pkg_config("--cflags-only-I", *names) or []]
     link = pkg_config("--libs", *(n for n in names if n != "libisal")) or []
-    isal = pkg_config("--libs", "libisal") or [] if "libisal" in names else []  # only what writes needs it
     flags = os.environ.get("CFLAGS", "").split()
     symbols = [] if any(f.startswith("-g") for f in flags) else ["-g0"]  # Python's own flags ask for them, at twice the size
     optimization = [] if any(f.startswith("-O") for f in flags) else ["-O2"]
+    hardened, hardened_linking = hardening(flags)
     built_in = {"libdeflate": "FQ_HAVE_LIBDEFLATE", "libisal": "FQ_HAVE_ISAL"}
     macros: list[tuple[str, str | None]] = [(macro, "1") for name, macro in built_in.items() if name in names]
+    writing = ["digest", "encode", "export", "space", "write"]
     reading = ["ahead", "batch", "cache", "crypt", "inflate", "l2", "pool", "pwrite", "reader", "scratch", "source", "status"]
 
     def extension(name: str, core: list[str], libraries: list[str] = link) -> Extension:
@@ -64,17 +103,29 @@ def extensions() -> list[Extension]:
             depends=["csrc/check.h", "csrc/fastqcow.h", "csrc/internal.h", "csrc/layout.h"],
             include_dirs=["csrc", *include],
             define_macros=macros,
-            extra_compile_args=["-std=c11", "-pthread", *optimization, *symbols, "-fvisibility=hidden", "-Wall", "-Wextra"],
-            extra_link_args=[*libraries, "-pthread"],
+            extra_compile_args=[
+                "-std=c11",
+                "-pthread",
+                *optimization,
+                *symbols,
+                *hardened,
+                "-fvisibility=hidden",
+                "-Wall",
+                "-Wextra",
+            ],
+            extra_link_args=[*libraries, "-pthread", *hardened_linking],
         )
 
-    return [
+    found = [
         extension("_l2", ["layout", "status"]),
         extension("_inflate", ["inflate", "scratch", "status"]),
         extension("_check", ["check", "refcounts", "source", "status"]),
-        extension("_reader", ["export", *reading]),
-        extension("_write", ["encode", "space", "write", *reading], [*link, *isal]),
+        extension("_reader", [*reading, *writing]),
+        extension("_write", []),  # what it calls is in _reader: the threads and caches of a process are there once
     ]
+    if "libisal" in names:
+        found.append(extension("_isal", ["isal"], pkg_config("--libs", "libisal") or []))
+    return found
 
 
 if __name__ == "__main__":

@@ -130,30 +130,43 @@ class Alternating:
         self.benchmark = benchmark
         self.title = title
 
-    def __call__(self, peers: dict[str, Callable[[], object]], rounds: int = ROUNDS) -> None:
-        """Time the peers in turn; the first one is the subject. Slow ones only take part in the first rounds."""
+    def __call__(
+        self, peers: dict[str, Callable[[], object]], rounds: int = ROUNDS, before: Callable[[str], object] = lambda name: None
+    ) -> None:
+        """Time the peers in turn; the first one is the subject. Slow ones only take part in the first rounds.
+
+        before: called before each run of a peer, with its name, and not timed.
+        """
         subject, *names = peers
+
+        def timed(name: str) -> float:
+            before(name)
+            return _timed(peers[name])
+
+        if self.benchmark.disabled:  # whether they work
+            for name in (*names, subject):
+                timed(name)
+            self.benchmark(lambda: None)
+            return
         own: list[float] = []
         times: dict[str, list[float]] = {name: [] for name in names}
-        if self.benchmark.disabled:
-            rounds = 1
-        slow = {name for name in names if _timed(peers[name]) > SLOW_SECONDS}  # which also warms up caches, the same for all
-        peers[subject]()
+        slow = {name for name in names if timed(name) > SLOW_SECONDS}  # which also warms up caches, the same for all
+        timed(subject)
 
         def subject_after_peers() -> tuple[tuple[()], dict[str, Any]]:
             """pytest-benchmark calls this before each round, untimed."""
             for name in names:
                 if name not in slow or len(own) < SLOW_ROUNDS:
-                    times[name].append(_timed(peers[name]))
+                    times[name].append(timed(name))
             names.append(names.pop(0)) if names else None
+            before(subject)
             return (), {}
 
         def run() -> None:
             own.append(_timed(peers[subject]))
 
         self.benchmark.pedantic(run, setup=subject_after_peers, rounds=rounds)  # type: ignore[no-untyped-call]
-        if not self.benchmark.disabled:
-            self.report(subject, own, {subject: own, **times})
+        self.report(subject, own, {subject: own, **times})
 
     def report(self, subject: str, own: list[float], times: dict[str, list[float]]) -> None:
         """A peer's ratio is the median, over the rounds, of its time over the subject's."""

@@ -39,6 +39,11 @@ def of(peer: str) -> Callable[[Info], float]:
     return lambda info: 1 / float(info[peer]["over_subject"])
 
 
+def size_of(peer: str) -> Callable[[Info], float]:
+    """The size of the subject's file over that of a peer's."""
+    return lambda info: float(info["fastqcow"]["nbytes"]) / float(info[peer]["nbytes"])
+
+
 def memory(info: Info) -> float:
     return float(info["memory_nbytes"]) / MIB
 
@@ -89,6 +94,13 @@ def targets(threads: int) -> list[Target]:
         Target("boot, cold, times qemu-nbd: {}", r"boot\[(.*)\]", times_faster("qemu-nbd"), at_least=8),
         Target("boot, once more, of os.pread{}", r"second_boot()", of("raw file"), at_most=1.3),
         Target("random cached, 8 threads' time of 2 threads'{}", r"cached_by_many_threads()", of("2 threads"), at_most=1),
+        Target("`convert -c`, times qemu-img: {}", r"write\[(.*)\]", times_faster("qemu-img"), at_least=1.8),
+        Target("`convert -c`, times qemu-img -m 16 -W: {}", r"write\[(.*)\]", times_faster("qemu-img -m 16 -W"), at_least=1),
+        Target("`convert -c`, of the size of qemu-img's: {}", r"write\[(.*)\]", size_of("qemu-img"), at_most=1.005),
+        Target("`convert -c`, fast, times qemu-img: {}", r"write_fast\[(.*zlib)\]", times_faster("qemu-img"), at_least=8),
+        Target("`convert -c`, fast, of the size of qemu-img's: {}", r"write_fast\[(.*zlib)\]", size_of("qemu-img"), at_most=1.1),
+        Target("`convert -c` by 2 threads, times 1: {}", r"write_by_threads\[(.*)\]", times_faster("1 thread"), at_least=1.85),
+        Target("memory of `convert -c`: {}", r"memory_of_writing\[(.*)\]", memory, at_most=256, unit=" MiB"),
         Target("memory of a conversion: {}", r"memory_of_convert\[(.*)\]", memory, at_most=128, unit=" MiB"),
         Target("memory of random reads (cache 32 MiB): {}", r"memory_of_random_reads\[(.*)\]", memory, at_most=96, unit=" MiB"),
         Target("`import fastqcow` over bare Python{}", r"import()", more_than("pass", "import fastqcow"), at_most=30, unit=" ms"),
@@ -115,11 +127,13 @@ def time_text(seconds: float) -> str:
 
 
 def table(info: Info) -> Iterable[str]:
-    yield "| | median | least to most | times the first |"
-    yield "|---|---|---|---|"
+    sized = any("nbytes" in found for found in info.values())
+    yield f"| | median | least to most | times the first |{' bytes |' if sized else ''}"
+    yield f"|---|---|---|---|{'---|' if sized else ''}"
     for peer, found in info.items():
         least_to_most = f"{time_text(found['least_s'])} to {time_text(found['most_s'])}"
-        yield f"| {peer} | {time_text(found['median_s'])} | {least_to_most} | {found['over_subject']:.2f} |"
+        nbytes = f" {found['nbytes']:,} |" if sized else ""
+        yield f"| {peer} | {time_text(found['median_s'])} | {least_to_most} | {found['over_subject']:.2f} |{nbytes}"
 
 
 def bars(title: str, groups: dict[str, dict[str, float]], unit: str) -> str:
@@ -173,6 +187,7 @@ PLOTS = {
 SECTIONS = {
     "Whole images into memory": r"read_into_memory.*",
     "Whole images to a file": r"convert.*",
+    "Compressed images written": r"write.*|levels",
     "In order": r"sequential.*",
     "Random reads": r"first_time.*|cached.*",
     "A machine that boots": r"boot.*|second_boot.*",

@@ -6,6 +6,11 @@
  * window is twice as long as what the stream had read before, up to a limit: single reads cost nothing, a long run gets all
  * threads. A jump starts another stream, and what the least recent one still had before it is dropped.
  *
+ * Who reads here and there mostly comes back near by: files lie close together, and are read in pieces. So where a read has to
+ * inflate a cluster, the next few behind it are inflated too, if that is worth it: each cluster inflated ahead takes credit, and
+ * each one that is then read gives twice that. Credit is earned before there is any, by clusters that reads inflate themselves where an
+ * earlier one would have had them inflated. So reads far from one another cost nothing more, and others little that is of no use.
+ *
  * Workers claim one cluster at a time. A reader that comes to a cluster which is being inflated does not wait idly either, but
  * claims the next one (fq_ahead_help): so reader and workers together reach the speed of all threads.
  *
@@ -25,6 +30,9 @@ enum {
     LONG_NBYTES = 16 << 10,        /* where most reads continue others, the first one of so much will be continued too */
     ORDER_MAX = 16,
     RECENT_READS = 16,
+    NEAR_UNITS = 3, /* inflated behind a miss */
+    CREDIT_MAX = 32,
+    CREDIT_OF_USE = 2,
 };
 
 /* Called with the lock. The next cluster that some stream wants, in *guest_off; false if there is none. */
@@ -54,8 +62,8 @@ static void inflate_ahead(fq_reader *r, uint64_t guest_off, fq_scratch *scratch)
     for (; guest_off < end; guest_off += run.nbytes) {
         if (fq_resolve(r, guest_off, end - guest_off, false, NULL, &run, &error) != FQ_OK)
             return;
-        if (run.kind == FQ_COMPRESSED)
-            fq_batch_warm(&run, scratch);
+        if (run.kind == FQ_COMPRESSED && fq_batch_warm(&run, scratch))
+            atomic_fetch_sub_explicit(&r->ahead.credit, 1, memory_order_relaxed);
     }
 }
 
@@ -80,7 +88,8 @@ static void work(void *arg, bool is_caller)
     (void)is_caller;
     if (!scratch)
         return;
-    while (!atomic_load_explicit(&r->ahead.stop, memory_order_relaxed) && work_once(r, scratch))
+    while (!atomic_load_explicit(&r->ahead.stop, memory_order_relaxed) &&
+           (work_once(r, scratch) || fq_cache_add_spare(r->clusters)))
         ;
     fq_scratch_put(scratch);
 }
@@ -159,6 +168,44 @@ unsigned fq_ahead_note(fq_reader *r, uint64_t guest_off, uint64_t nbytes)
         (unclaimed < window / 2 && !to_the_end))
         return 0;
     return unclaimed / unit < r->threads - 1 ? (unsigned)(unclaimed / unit) + 1 : r->threads - 1;
+}
+
+/* Called with the lock. Whether one of the last misses would have had this cluster inflated. */
+static bool was_near(const fq_reader *r, uint64_t unit)
+{
+    for (size_t i = 0; i < FQ_MISSES; i++)
+        if (unit > r->ahead.missed[i] && unit - r->ahead.missed[i] <= NEAR_UNITS)
+            return true;
+    return false;
+}
+
+void fq_ahead_missed(fq_reader *r, uint64_t guest_off)
+{
+    fq_stream *last = &r->ahead.streams[0];
+    uint64_t near = NEAR_UNITS * r->ahead.unit;
+    bool more;
+
+    if (r->ahead.window_max < near || pthread_mutex_trylock(&r->ahead.lock) != 0)
+        return;
+    for (size_t i = 1; i < FQ_STREAMS; i++)
+        if (r->ahead.streams[i].used_at > last->used_at)
+            last = &r->ahead.streams[i];
+    if (was_near(r, guest_off / r->ahead.unit))
+        fq_ahead_used(r);
+    r->ahead.missed[r->ahead.misses++ % FQ_MISSES] = (last->next - 1) / r->ahead.unit;
+    near = last->next < r->size - (near < r->size ? near : r->size) ? last->next + near : r->size;
+    more = last->limit < near && last->claimed < near && atomic_load_explicit(&r->ahead.credit, memory_order_relaxed) > 0;
+    if (more)
+        last->limit = near;
+    pthread_mutex_unlock(&r->ahead.lock);
+    if (more || fq_cache_wants_spares(r->clusters))
+        fq_pool_start(&r->ahead.job, 1);
+}
+
+void fq_ahead_used(fq_reader *r)
+{
+    if (atomic_load_explicit(&r->ahead.credit, memory_order_relaxed) < CREDIT_MAX)
+        atomic_fetch_add_explicit(&r->ahead.credit, CREDIT_OF_USE, memory_order_relaxed);
 }
 
 void fq_ahead_start(fq_reader *r, unsigned helpers)

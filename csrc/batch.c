@@ -29,6 +29,7 @@ enum {
     REMOTE_GAP = 64 << 10,   /* as MERGE_GAP, of remote files; not less, or a group of clusters could lie in two ranges */
     BOUNCE_BELOW = 32 << 10, /* plain data for smaller buffers is read together, then scattered */
     BOUNCE_NBYTES = 256 << 10,
+    POLL_NBYTES = 128 << 10, /* of compressed data: some 30 ms where a stream is as slow as one can be made */
 };
 
 /* An error at a guest offset within a run. */
@@ -413,6 +414,15 @@ static fq_status fill_cluster(void *arg, uint8_t *data)
     return inflate_run(run, f->scratch, f->scratch->in, got, data, f->error);
 }
 
+/* Once a read, by the thread that waits for it. */
+static void note_miss(fq_job *job, const fq_batch *b, const fq_run *run)
+{
+    if (!job->keep || !b->by_caller || job->missed)
+        return;
+    job->missed = true;
+    fq_ahead_missed(job->reader, run->guest_off);
+}
+
 static fq_status read_part_of_cluster(fq_job *job, const fq_batch *b, const fq_run *run, fq_scratch *scratch, const fq_dest *dest,
                                       fq_error *error)
 {
@@ -426,6 +436,8 @@ static fq_status read_part_of_cluster(fq_job *job, const fq_batch *b, const fq_r
 
         if (fq_cache_look(layer->clusters, layer->owner, run->entry) == FQ_COMING)
             fq_ahead_help(job->reader, scratch);
+        else
+            note_miss(job, b, run);
         status = fq_cache_get(layer->clusters, layer->owner, run->entry, (size_t)fq_cluster_size(&layer->geometry), fill_cluster,
                               &fill, &filled, &block);
         if (status != FQ_OK)
@@ -434,7 +446,8 @@ static fq_status read_part_of_cluster(fq_job *job, const fq_batch *b, const fq_r
     if (!filled)
         fq_count(&layer->cache_hits, 1);
     scatter(dest, run->guest_off, fq_block_data(block) + run->skip, run->nbytes);
-    fq_cache_release(layer->clusters, block, run->skip, run->skip + run->nbytes);
+    if (fq_cache_release(layer->clusters, block, run->skip, run->skip + run->nbytes) && !filled)
+        fq_ahead_used(job->reader);
     return FQ_OK;
 }
 
@@ -482,8 +495,10 @@ static fq_status read_whole_cluster(fq_job *job, fq_batch *b, size_t i, fq_scrat
         fq_count(&run->layer->cache_hits, 1);
         return FQ_OK;
     }
-    if (job->keep)
+    if (job->keep) {
+        note_miss(job, b, run);
         return read_and_keep(b, i, scratch, dest, error);
+    }
     if (room >= run->nbytes)
         return inflate_run(run, scratch, scratch->in + b->in_at[i], b->in_got[i], to, error);
     if (!fq_scratch_grow(&scratch->out, &scratch->out_capacity, (size_t)run->nbytes))
@@ -494,10 +509,30 @@ static fq_status read_whole_cluster(fq_job *job, fq_batch *b, size_t i, fq_scrat
     return status;
 }
 
-/*
- * What others are at work on was not fetched. Where fetching fails, the clusters among them that come before that are looked at all
- * the same: the lowest error counts.
- */
+/* Fetching has failed. What comes before that on the disk may be bad too, and is looked at in turn: the lowest error counts. */
+static fq_status find_lowest_error(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
+{
+    for (size_t i = 0; i < b->count && b->runs[i].guest_off < error->guest_off; i++) {
+        const fq_run *run = &b->runs[i];
+        fq_status status = FQ_OK;
+        fq_error each;
+
+        if (b->by_caller)
+            fq_job_poll(job);
+        if (atomic_load(&job->cancelled))
+            return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
+        if (run->kind == FQ_DATA)
+            status = fetch_data(job, b, run, scratch, dest, &each);
+        else if (run->kind == FQ_COMPRESSED)
+            status = read_part_of_cluster(job, b, run, scratch, dest, &each);
+        if (status != FQ_OK) {
+            *error = each;
+            break;
+        }
+    }
+    return error->status;
+}
+
 fq_status fq_batch_fetch(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {
     fq_status status = FQ_OK;
@@ -511,31 +546,37 @@ fq_status fq_batch_fetch(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq
     for (size_t i = 0; i < b->count && status == FQ_OK; i++)
         if (b->runs[i].kind == FQ_DATA)
             status = fetch_data(job, b, &b->runs[i], scratch, dest, error);
-    if (status == FQ_OK || status == FQ_ERR_SOURCE || status == FQ_ERR_CANCELLED)
+    if (status == FQ_OK || status == FQ_ERR_SOURCE || status == FQ_ERR_CANCELLED || status == FQ_ERR_NOMEM)
         return status;
-    for (size_t i = 0; i < b->count; i++) {
-        fq_error each;
-
-        if (b->late[i] && b->runs[i].guest_off < error->guest_off &&
-            read_part_of_cluster(job, b, &b->runs[i], scratch, dest, &each) != FQ_OK && each.guest_off < error->guest_off)
-            *error = each;
-    }
-    return error->status;
+    return find_lowest_error(job, b, scratch, dest, error);
 }
 
 /* Of an error nobody hears: whoever comes to this cluster will meet it. */
-void fq_batch_warm(const fq_run *run, fq_scratch *scratch)
+bool fq_batch_warm(const fq_run *run, fq_scratch *scratch)
 {
     fq_reader *layer = run->layer;
     fq_error error;
     cluster_fill fill = {NULL, NULL, run, scratch, &error};
     fq_block *block;
-    bool filled;
+    bool filled = false;
 
     if (fq_cache_look(layer->clusters, layer->owner, run->entry) == FQ_ABSENT &&
         fq_cache_get(layer->clusters, layer->owner, run->entry, (size_t)fq_cluster_size(&layer->geometry), fill_cluster, &fill,
                      &filled, &block) == FQ_OK)
         fq_cache_unpin(layer->clusters, block);
+    return filled;
+}
+
+/* Whether to go on, asked now and then: there are streams that take a hundred times as long as others. */
+static bool is_cancelled(fq_job *job, const fq_batch *b, const fq_run *run, uint64_t *inflated)
+{
+    *inflated += run->in_nbytes;
+    if (*inflated < POLL_NBYTES)
+        return false;
+    *inflated = 0;
+    if (b->by_caller)
+        fq_job_poll(job);
+    return atomic_load(&job->cancelled);
 }
 
 /*
@@ -545,6 +586,7 @@ void fq_batch_warm(const fq_run *run, fq_scratch *scratch)
  */
 fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq_dest *dest, fq_error *error)
 {
+    uint64_t inflated = 0;
     fq_error each;
 
     error->status = FQ_OK;
@@ -557,6 +599,8 @@ fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const 
                 continue;
             if (run->kind != FQ_COMPRESSED)
                 scatter(dest, run->guest_off, NULL, run->nbytes);
+            else if (is_cancelled(job, b, run, &inflated))
+                return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
             else if (parts)
                 status = read_part_of_cluster(job, b, run, scratch, dest, &each);
             else
@@ -568,9 +612,9 @@ fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const 
     return error->status;
 }
 
-void fq_batch_release(fq_batch *b)
+void fq_batch_release(fq_job *job, fq_batch *b)
 {
     for (size_t i = 0; i < b->count; i++)
-        if (b->hit[i])
-            fq_cache_release(b->runs[i].layer->clusters, b->hit[i], 0, (size_t)b->runs[i].nbytes);
+        if (b->hit[i] && fq_cache_release(b->runs[i].layer->clusters, b->hit[i], 0, (size_t)b->runs[i].nbytes))
+            fq_ahead_used(job->reader);
 }

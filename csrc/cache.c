@@ -35,6 +35,7 @@ enum {
     BUCKET_NBYTES = 4 << 10, /* one bucket for so much of the budget: few blocks are smaller, and then chains are short */
     MAX_BUCKETS = 1 << 14,
     POPULATE_NBYTES_MIN = 64 << 10,
+    SPARE_PART = 32, /* of the budget can lie ready */
 };
 
 typedef enum block_state { FILLING, READY, FAILED } block_state;
@@ -68,6 +69,12 @@ struct fq_cache {
     atomic_uint refs, owners;
     unsigned shard_count, bucket_count; /* powers of two */
     size_t shard_budget;
+    atomic_size_t nbytes; /* of all shards */
+    pthread_mutex_t spare_lock;
+    fq_block *spares; /* blocks of block_nbytes */
+    size_t block_nbytes;
+    atomic_uint spare_count;
+    unsigned spares_max;
     shard shards[MAX_SHARDS];
 };
 
@@ -79,16 +86,20 @@ static pthread_once_t once = PTHREAD_ONCE_INIT;
 static void before_fork(void)
 {
     pthread_mutex_lock(&all_lock);
-    for (fq_cache *c = all; c; c = c->next)
+    for (fq_cache *c = all; c; c = c->next) {
         for (unsigned i = 0; i < c->shard_count; i++)
             pthread_mutex_lock(&c->shards[i].lock);
+        pthread_mutex_lock(&c->spare_lock);
+    }
 }
 
 static void after_fork_in_parent(void)
 {
-    for (fq_cache *c = all; c; c = c->next)
+    for (fq_cache *c = all; c; c = c->next) {
+        pthread_mutex_unlock(&c->spare_lock);
         for (unsigned i = 0; i < c->shard_count; i++)
             pthread_mutex_unlock(&c->shards[i].lock);
+    }
     pthread_mutex_unlock(&all_lock);
 }
 
@@ -146,6 +157,10 @@ fq_cache *fq_cache_new(size_t budget_nbytes, size_t block_nbytes)
     c->shard_count = power_of_two_up_to(budget_nbytes / BLOCKS_PER_SHARD / (block_nbytes ? block_nbytes : 1), MAX_SHARDS);
     c->shard_budget = budget_nbytes / c->shard_count;
     c->bucket_count = power_of_two_up_to(c->shard_budget / BUCKET_NBYTES, MAX_BUCKETS);
+    c->block_nbytes = block_nbytes;
+    if (block_nbytes >= POPULATE_NBYTES_MIN)
+        c->spares_max = (unsigned)(budget_nbytes / SPARE_PART / block_nbytes);
+    pthread_mutex_init(&c->spare_lock, NULL);
     for (unsigned i = 0; i < c->shard_count; i++) {
         shard *s = &c->shards[i];
 
@@ -188,6 +203,11 @@ void fq_cache_unref(fq_cache *c)
     if (c->next)
         c->next->prev = c->prev;
     pthread_mutex_unlock(&all_lock);
+    for (fq_block *b = c->spares, *after; b; b = after) {
+        after = b->chain;
+        free(b);
+    }
+    pthread_mutex_destroy(&c->spare_lock);
     for (unsigned i = 0; i < c->shard_count; i++) {
         shard *s = &c->shards[i];
 
@@ -243,6 +263,7 @@ static void unlist(fq_cache *c, shard *s, fq_block *b)
     *at = b->chain;
     list_remove(&b->order);
     s->nbytes -= b->nbytes;
+    atomic_fetch_sub_explicit(&c->nbytes, b->nbytes, memory_order_relaxed);
     if (b->protected)
         s->protected_nbytes -= b->nbytes;
     b->listed = false;
@@ -280,6 +301,7 @@ static void protect(fq_cache *c, shard *s, fq_block *b)
 /*
  * While the cache grows its blocks are new memory, of which the first touch of each page would be a fault: some 20 us for 64 KiB,
  * where inflating them takes 90. One call for all pages takes half of that. A system that does not know it says so, and no harm.
+ * And where workers have time, they keep some blocks ready.
  */
 static void populate(fq_block *b, size_t nbytes)
 {
@@ -293,20 +315,72 @@ static void populate(fq_block *b, size_t nbytes)
 #endif
 }
 
-static fq_block *new_block(fq_cache *c, shard *s, uint64_t hash, uint32_t owner, uint64_t key, size_t nbytes)
+static fq_block *allocate(size_t nbytes, bool is_new_memory)
 {
     /* aligned_alloc wants a multiple; sizes here are powers of two, the header is a multiple by its alignment. */
     fq_block *b = aligned_alloc(64, (sizeof(*b) + nbytes + 63) & ~(size_t)63);
+
+    if (b && nbytes >= POPULATE_NBYTES_MIN && is_new_memory)
+        populate(b, sizeof(*b) + nbytes);
+    return b;
+}
+
+static fq_block *take_spare(fq_cache *c)
+{
+    fq_block *b;
+
+    pthread_mutex_lock(&c->spare_lock);
+    b = c->spares;
+    if (b) {
+        c->spares = b->chain;
+        atomic_fetch_sub_explicit(&c->spare_count, 1, memory_order_relaxed);
+    }
+    pthread_mutex_unlock(&c->spare_lock);
+    return b;
+}
+
+/* A cache that is full has memory that is in use already. */
+static bool has_room_for_spares(fq_cache *c, unsigned count)
+{
+    const size_t listed = atomic_load_explicit(&c->nbytes, memory_order_relaxed);
+
+    return atomic_load_explicit(&c->spare_count, memory_order_relaxed) < count &&
+           listed + c->spares_max * c->block_nbytes <= c->shard_budget * c->shard_count;
+}
+
+bool fq_cache_wants_spares(fq_cache *c)
+{
+    return has_room_for_spares(c, c->spares_max / 2);
+}
+
+bool fq_cache_add_spare(fq_cache *c)
+{
+    fq_block *b = has_room_for_spares(c, c->spares_max) ? allocate(c->block_nbytes, true) : NULL;
+
+    if (!b)
+        return false;
+    pthread_mutex_lock(&c->spare_lock);
+    b->chain = c->spares;
+    c->spares = b;
+    atomic_fetch_add_explicit(&c->spare_count, 1, memory_order_relaxed);
+    pthread_mutex_unlock(&c->spare_lock);
+    return true;
+}
+
+static fq_block *new_block(fq_cache *c, shard *s, uint64_t hash, uint32_t owner, uint64_t key, size_t nbytes)
+{
+    fq_block *b = c->spares_max > 0 && nbytes == c->block_nbytes ? take_spare(c) : NULL;
     fq_block **bucket = bucket_of(c, s, hash);
 
     if (!b)
+        b = allocate(nbytes, s->nbytes + nbytes <= c->shard_budget);
+    if (!b)
         return NULL;
-    if (nbytes >= POPULATE_NBYTES_MIN && s->nbytes + nbytes <= c->shard_budget)
-        populate(b, sizeof(*b) + nbytes);
     *b = (fq_block){.chain = *bucket, .key = key, .nbytes = nbytes, .owner = owner, .pins = 1, .forks = forks, .listed = true};
     *bucket = b;
     list_push(&s->probation, &b->order);
     s->nbytes += nbytes;
+    atomic_fetch_add_explicit(&c->nbytes, nbytes, memory_order_relaxed);
     shrink(c, s);
     return b;
 }
@@ -403,18 +477,21 @@ void fq_cache_unpin(fq_cache *c, fq_block *b)
     pthread_mutex_unlock(&s->lock);
 }
 
-void fq_cache_release(fq_cache *c, fq_block *b, size_t from, size_t to)
+bool fq_cache_release(fq_cache *c, fq_block *b, size_t from, size_t to)
 {
     shard *s = shard_of(c, hash_of(b->owner, b->key));
+    bool first;
 
     pthread_mutex_lock(&s->lock);
     if (b->listed && b->used && b->last_to != from)
         protect(c, s, b);
+    first = !b->used;
     b->used = true;
     b->last_to = to;
     if (--b->pins == 0 && !b->listed)
         free(b);
     pthread_mutex_unlock(&s->lock);
+    return first;
 }
 
 const uint8_t *fq_block_data(const fq_block *b)

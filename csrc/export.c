@@ -119,7 +119,9 @@ static bool copy_batch(fq_job *job, const fq_batch *b)
 fq_status fq_export(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                     const fq_request *request, fq_error *error)
 {
+    const bool digested = request && request->digest;
     export_to to = {.target = target};
+    fq_digest digest;
     fq_status status;
     fq_job job;
 
@@ -129,9 +131,13 @@ fq_status fq_export(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_
     fq_job_init(&job, r, guest_off, nbytes, request);
     job.write = write_batch;
     job.zeroes_are_free = target->reads_zero;
-    job.copy = target->offload ? copy_batch : NULL;
+    job.copy = target->offload && !digested ? copy_batch : NULL;
+    job.digest = digested ? &digest : NULL;
     job.arg = &to;
+    fq_digest_init(&digest);
+    digest.next = guest_off;
     status = fq_job_run(&job, r->threads, error);
+    fq_digest_destroy(&digest);
     *written = atomic_load(&to.written);
     return status;
 }

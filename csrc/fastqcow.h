@@ -203,10 +203,15 @@ uint64_t fq_source_size(const fq_source *source);
 
 typedef struct fq_reader fq_reader;
 
-/* Whom a call is made for. Both fields may be NULL; poll is called by the calling thread only, some 20 times a second. */
+/*
+ * Whom a call is made for. All fields may be NULL. poll is called by the calling thread only, some 20 times a second. digest is
+ * called by fq_export and fq_write with all bytes of the disk in their order, by any thread, but by one at a time; without bytes
+ * for zeroes, at most 1 MiB of them. What returns non-zero stops the call with FQ_ERR_CANCELLED.
+ */
 struct fq_request {
     void *user;
-    int (*poll)(void *user, uint64_t done_nbytes); /* non-zero: stop with FQ_ERR_CANCELLED */
+    int (*poll)(void *user, uint64_t done_nbytes);
+    int (*digest)(void *user, const uint8_t *bytes, uint64_t nbytes);
 };
 
 /* One buffer of a scattered read. `start` is where it begins within the request: the sum of nbytes of those before it. */
@@ -271,34 +276,41 @@ typedef struct fq_target {
     int fd;          /* written by position; its own position is not touched */
     uint64_t grain;  /* runs of zeroes in units of so many bytes are not written as data; 0: everything is written */
     bool reads_zero; /* what is not written reads as zeroes already (a new file) */
-    bool offload;    /* plain data is copied by the kernel where it can, zeroes in it too */
+    bool offload;    /* plain data is copied by the kernel where it can, zeroes in it too; not if it is to be digested */
 } fq_target;
 
 /* Write the guest range to the same offsets of the target, by many threads. *written counts bytes of data written. */
 fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                     const fq_request *request, fq_error *error);
 
-/* ---- Writing (write.c, encode.c, space.c) */
+/* ---- Writing (write.c, encode.c, isal.c, space.c) */
 
-typedef enum fq_encoding {
-    FQ_ENCODING_NONE, /* clusters are stored as they are */
-    FQ_ENCODING_LIBZ, /* raw deflate with a window of 4 KiB, by libz: levels 1 to 9 */
-    FQ_ENCODING_ISAL, /* the same by ISA-L, where it is built in: levels 0 to 3 */
-    FQ_ENCODING_ZSTD, /* levels 1 to 19 */
-    FQ_ENCODING_COUNT
-} fq_encoding;
+/* What makes a cluster a stream, from any thread, each with a state of its own. */
+typedef struct fq_encoder {
+    int level_min, level_max;
+    void *(*open)(int level); /* NULL without memory */
+    void (*close)(void *state);
+    size_t (*state_nbytes)(int level, size_t in_nbytes); /* at most, for clusters of so many bytes */
+    /* *out_nbytes is 0 where the stream would take more than `room`. What it is does not depend on what was encoded before. */
+    fq_status (*run)(void *state, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t room, size_t *out_nbytes);
+} fq_encoder;
 
-/* "2.30" and such; NULL where it is not built in. */
-const char *fq_version_isal(void);
+extern const fq_encoder fq_encoder_libz; /* raw deflate with a window of 4 KiB, by libz: levels 1 to 9 */
+extern const fq_encoder fq_encoder_zstd; /* levels 1 to 19 */
+#ifdef FQ_HAVE_ISAL
+extern const fq_encoder fq_encoder_isal; /* raw deflate with the same window, by ISA-L: levels 0 to 3 */
+const char *fq_version_isal(void);       /* "2.30.0" and such */
+#endif
 
 typedef struct fq_write_options {
     int fd;               /* written by position, from the second cluster on: the first is the header's, and the caller's */
     fq_geometry geometry; /* of the image: its codec and external_data do not count */
     uint32_t refcount_order;
-    fq_encoding encoding;
+    const fq_encoder *encoder; /* NULL: clusters are stored as they are */
     int level;
-    bool dense;           /* clusters of zeroes are stored as any others */
-    unsigned threads;     /* at most, the calling one included */
+    uint64_t grain;       /* clusters of zeroes are left out; but where nothing is compressed, and whole blocks of so many bytes
+                             (a power of two) are larger, only those in blocks of zeroes; 0: none is */
+    unsigned threads;     /* at most, the calling one included; fewer where they would take too much memory */
     size_t tables_nbytes; /* so much of L2 tables, and of refcount blocks, is kept in memory, to lie side by side; 0: the usual */
 } fq_write_options;
 
@@ -410,8 +422,8 @@ typedef struct fq_l1_range {
 fq_status fq_check_open(fq_source *source, const fq_check_options *options, const fq_request *request, fq_check **out,
                         fq_error *error);
 void fq_check_close(fq_check *check);
-/* Count a reference to a range of the file. */
-fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error);
+/* Count `times` references to a range of the file. */
+fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, uint64_t times, fq_error *error);
 /* Check L1 entries and collect the L2 tables that they point to. The ranges that are given must not overlap. */
 fq_status fq_check_l1(fq_check *check, const fq_l1_range *range, const fq_request *request, fq_error *error);
 /* Check entries of bitmaps' tables that lie side by side, and belong to `times` tables. The ranges given must not overlap either.

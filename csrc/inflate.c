@@ -4,8 +4,11 @@
  * Deflate is tried with libdeflate, which is over twice as fast as libz but only knows whole streams: it fails where the stream
  * goes on past the cluster, or stops without an end mark. QEMU takes both (it asks of libz only that the cluster be full), so
  * whatever libdeflate does not take is put to libz, and libz's verdict is the verdict. The second try costs time on damaged
- * clusters alone. The other way round a difference is left: libdeflate takes the length symbols 286 and 287 and the distance
- * symbols 30 and 31, which no encoder writes and libz refuses.
+ * clusters alone. The other way round a difference is left: libdeflate takes some streams that no encoder writes and libz refuses,
+ * for symbols and codes that mean nothing (fuzz/inflater.h says which). To find them takes to inflate a second time.
+ *
+ * A stream that is longer than a cluster goes to libz alone. No encoder keeps one, but somebody may make one to keep us busy: of
+ * nothing but codes to be built, which takes libdeflate several times as long.
  *
  * The window given to libz is 15 bits where QEMU gives 12. With the whole output in one buffer libz reads distances out of that
  * buffer, never out of the window, so both take the same streams; 15 says what is meant.
@@ -26,6 +29,8 @@
 #ifdef FQ_HAVE_LIBDEFLATE
 #include <libdeflate.h>
 #endif
+
+enum { SLACK_NBYTES = 1024 }; /* a length is in whole sectors, of which the first and the last may be touched by a byte only */
 
 struct fq_inflater {
     z_stream libz;
@@ -81,6 +86,8 @@ static fq_status inflate_libz(fq_inflater *s, const uint8_t *in, size_t in_nbyte
 static fq_status inflate_deflate(fq_inflater *s, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t out_nbytes)
 {
 #ifdef FQ_HAVE_LIBDEFLATE
+    if (in_nbytes > out_nbytes + SLACK_NBYTES)
+        return inflate_libz(s, in, in_nbytes, out, out_nbytes);
     if (!s->libdeflate)
         s->libdeflate = libdeflate_alloc_decompressor();
     if (s->libdeflate && libdeflate_deflate_decompress(s->libdeflate, in, in_nbytes, out, out_nbytes, NULL) == LIBDEFLATE_SUCCESS)

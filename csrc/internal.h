@@ -106,17 +106,24 @@ fq_block *fq_cache_peek(fq_cache *cache, uint32_t owner, uint64_t key);
 /* Whether the block is there, or is being filled. */
 typedef enum fq_presence { FQ_ABSENT, FQ_COMING, FQ_PRESENT } fq_presence;
 fq_presence fq_cache_look(fq_cache *cache, uint32_t owner, uint64_t key);
-/* `from` and `to`: the part of the block that was used. Use that carries on where the last one ended is one use, not two. */
-void fq_cache_release(fq_cache *cache, fq_block *block, size_t from, size_t to);
+/*
+ * `from` and `to`: the part of the block that was used. Use that carries on where the last one ended is one use, not two. Whether
+ * it was the block's first.
+ */
+bool fq_cache_release(fq_cache *cache, fq_block *block, size_t from, size_t to);
 /* As release, but the block was not used: it was filled for others. */
 void fq_cache_unpin(fq_cache *cache, fq_block *block);
 const uint8_t *fq_block_data(const fq_block *block);
+/* Whether the cache grows, and few of the blocks that it will need lie ready. */
+bool fq_cache_wants_spares(fq_cache *cache);
+/* One more, by who has time for it; false where there are enough. */
+bool fq_cache_add_spare(fq_cache *cache);
 
 /* ---- reader.c, l2.c */
 
 enum { FQ_TABLE_SLICE_BITS = 16, FQ_TABLE_SLICE_NBYTES = 1 << FQ_TABLE_SLICE_BITS }; /* L2 tables are read so much at a time */
 
-enum { FQ_STREAMS = 8 };
+enum { FQ_STREAMS = 8, FQ_MISSES = 32 };
 
 /* Reads that continue one another, and what is to be inflated before the next one: clusters from `claimed` to `limit`. */
 typedef struct fq_stream {
@@ -133,6 +140,9 @@ typedef struct fq_ahead {
     uint64_t window_max;          /* 0: no read-ahead */
     uint64_t share;               /* of the cache, for all windows together */
     atomic_bool stop, worthwhile; /* the last read met compressed clusters */
+    atomic_int credit;            /* above 0: neighbours of what is read are worth inflating */
+    uint64_t missed[FQ_MISSES];   /* where the last reads ended that had to inflate a cluster themselves, in units */
+    uint64_t misses;
     fq_pool_job job;
 } fq_ahead;
 
@@ -214,14 +224,30 @@ typedef struct fq_dest {
 
 typedef struct fq_job fq_job;
 
+/* ---- digest.c: where the digest of a job is */
+
+typedef struct fq_digest {
+    pthread_mutex_t lock;
+    pthread_cond_t turn;
+    uint64_t next; /* the first byte that was not digested yet */
+} fq_digest;
+
+void fq_digest_init(fq_digest *digest);
+void fq_digest_destroy(fq_digest *digest);
+/* Digest a stretch of the disk, NULL for zeroes, and zeroes before it; when all that lies before `from` was. */
+fq_status fq_digest_take(fq_job *job, fq_digest *digest, uint64_t from, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes,
+                         bool is_caller, fq_error *error);
+
+/* ---- batch.c again */
+
 /* Read from the sources: plain data into the buffers, compressed clusters into scratch->in; pin those that are cached already. */
 fq_status fq_batch_fetch(fq_job *job, fq_batch *batch, fq_scratch *scratch, const fq_dest *dest, fq_error *error);
 /* Inflate what was fetched, and fill in the zeroes. */
 fq_status fq_batch_inflate(fq_job *job, fq_batch *batch, fq_scratch *scratch, const fq_dest *dest, fq_error *error);
-/* Inflate the cluster of a compressed run into the cache, if nobody does or has done so. */
-void fq_batch_warm(const fq_run *run, fq_scratch *scratch);
+/* Inflate the cluster of a compressed run into the cache, if nobody does or has done so: whether it was done here. */
+bool fq_batch_warm(const fq_run *run, fq_scratch *scratch);
 /* Unpin what fetch has pinned, if it did. */
-void fq_batch_release(fq_batch *batch);
+void fq_batch_release(fq_job *job, fq_batch *batch);
 
 /* ---- reader.c: a job is a guest range that threads work off in batches */
 
@@ -230,6 +256,7 @@ struct fq_job {
     const fq_request *request;
     const fq_dest *dest; /* where the bytes go; NULL: to write() */
     fq_status (*write)(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, fq_error *error); /* NULL: zeroes */
+    fq_digest *digest; /* of what is written; or NULL */
     bool (*copy)(fq_job *job, const fq_batch *batch); /* tried on plain data, before it is fetched: whether it is done; or NULL */
     void *arg;                                        /* for write() and copy() */
     bool zeroes_are_free;                             /* write() does nothing for zeroes: they need not be cut up */
@@ -242,6 +269,7 @@ struct fq_job {
     uint64_t cursor;       /* the first byte that nobody has claimed */
     bool keep;             /* put whole clusters into the cache */
     bool compressed;       /* some run was */
+    bool missed;           /* the caller has inflated a cluster for the cache */
     fq_run rest;           /* what is known of the run there; nbytes 0: nothing */
     fq_error error;        /* the first one by guest offset */
     atomic_bool stop;      /* claim no more: what is claimed is finished, so that the lowest error is found */
@@ -251,6 +279,9 @@ struct fq_job {
 };
 
 void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_request *request);
+/* What fq_job_run does at its end. */
+void fq_job_destroy(fq_job *job);
+uint64_t fq_now_ms(void);
 /* Ask the caller whether to go on, if it is time to; by the calling thread only. */
 void fq_job_poll(void *job);
 /* Work the job off with up to `threads` threads. */
@@ -271,15 +302,6 @@ fq_status fq_reader_fill(fq_reader *reader, uint8_t *buf, size_t nbytes, uint64_
 bool fq_is_zero(const uint8_t *p, size_t nbytes);
 /* *done: how much was written, also where that failed. */
 fq_status fq_pwrite(int fd, const uint8_t *p, size_t nbytes, uint64_t off, size_t *done, fq_error *error);
-
-/* ---- encode.c: the state of one encoder, for one thread at a time */
-
-typedef struct fq_encoder fq_encoder;
-
-fq_status fq_encoder_new(fq_encoding encoding, int level, fq_encoder **out);
-void fq_encoder_free(fq_encoder *encoder);
-/* *out_nbytes is 0 where the stream would take more than `room`. What it is does not depend on what was encoded before. */
-fq_status fq_encoder_run(fq_encoder *encoder, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t room, size_t *out_nbytes);
 
 /* ---- space.c: who has which part of the file that is being written, by one thread */
 
@@ -305,6 +327,10 @@ unsigned fq_ahead_note(fq_reader *reader, uint64_t guest_off, uint64_t nbytes);
 void fq_ahead_start(fq_reader *reader, unsigned helpers);
 /* It is done, and has met compressed clusters or not. */
 void fq_ahead_learn(fq_reader *reader, bool compressed);
+/* A read has to inflate a cluster itself: its neighbours may be wanted next. */
+void fq_ahead_missed(fq_reader *reader, uint64_t guest_off);
+/* A cluster that others have inflated was read for the first time. */
+void fq_ahead_used(fq_reader *reader);
 /* Something useful to do for a thread that has to wait for a cluster. */
 void fq_ahead_help(fq_reader *reader, fq_scratch *scratch);
 

@@ -17,6 +17,7 @@ enum {
        microseconds. */
     LOOK_AHEAD_OVER_BACKING = 64,
     LOOK_AHEAD_L1 = 4096,
+    LOOKS_BETWEEN_POLLS = 16,
 };
 
 typedef struct slice_fill {
@@ -181,16 +182,22 @@ fq_status fq_resolve(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, boo
 fq_status fq_reader_map(fq_reader *reader, uint64_t guest_off, uint64_t end, fq_extent *extents, size_t capacity, size_t *count,
                         const fq_request *request, fq_error *error)
 {
+    uint64_t polled_at_ms = fq_now_ms();
+
     *count = 0;
     if (end > reader->size || guest_off > end)
         return fq_fail(error, FQ_ERR_ARGUMENT, guest_off, FQ_NOWHERE, end);
-    for (unsigned looked_at = 0; guest_off < end; looked_at++) {
+    for (unsigned looked_at = 1; guest_off < end; looked_at++) {
         fq_extent *last = *count ? &extents[*count - 1] : NULL;
         fq_status status;
         fq_run run;
 
-        if (request && request->poll && looked_at % 4096 == 4095 && request->poll(request->user, guest_off))
-            return fq_fail(error, FQ_ERR_CANCELLED, guest_off, FQ_NOWHERE, FQ_NOWHERE);
+        /* A look may go through many layers, and read a table in each. */
+        if (request && request->poll && looked_at % LOOKS_BETWEEN_POLLS == 0 && fq_now_ms() - polled_at_ms >= FQ_POLL_MS) {
+            polled_at_ms = fq_now_ms();
+            if (request->poll(request->user, guest_off))
+                return fq_fail(error, FQ_ERR_CANCELLED, guest_off, FQ_NOWHERE, FQ_NOWHERE);
+        }
         status = fq_resolve(reader, guest_off, end - guest_off, true, request, &run, error);
         if (status != FQ_OK)
             return status;

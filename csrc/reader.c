@@ -134,6 +134,12 @@ void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nb
     pthread_cond_init(&job->turn, NULL);
 }
 
+void fq_job_destroy(fq_job *job)
+{
+    pthread_mutex_destroy(&job->lock);
+    pthread_cond_destroy(&job->turn);
+}
+
 /* Leave what lies behind the first nbytes of a run to the next batch. */
 static void cut_run(fq_job *job, fq_run *run, uint64_t nbytes)
 {
@@ -166,8 +172,8 @@ static uint64_t batch_nbytes_of(const fq_job *job)
 }
 
 /*
- * Plan the next batch. Called by one thread at a time. Compressed clusters are not cut, all other runs are cut where the batch is
- * full. A batch to be written goes one way; one of zeroes is longer. A run that cannot be planned ends the batch before it; the
+ * Plan the next batch. Called by one thread at a time. Compressed clusters are not cut, and count as a whole, as even a part of one
+ * has all of it inflated; all other runs are cut where the batch is full. A batch to be written goes one way; one of zeroes is longer. A run that cannot be planned ends the batch before it; the
  * next claim meets it first, and fails. (But a source that fails is not asked again.) A run is looked up once, in however many
  * batches it ends: some file systems look for the next hole page by page.
  */
@@ -175,11 +181,12 @@ static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
 {
     const uint64_t batch_nbytes = batch_nbytes_of(job);
     const size_t runs_max = job->reader->remote ? FQ_BATCH_RUNS_REMOTE : FQ_BATCH_RUNS;
+    uint64_t work = 0;
 
     b->guest_off = job->cursor;
-    while (b->count < runs_max && b->nbytes < batch_nbytes && job->cursor < job->end) {
+    while (b->count < runs_max && work < batch_nbytes && job->cursor < job->end) {
         fq_run *run = &b->runs[b->count];
-        const uint64_t room = batch_nbytes - b->nbytes;
+        const uint64_t room = batch_nbytes - work;
         fq_error at;
         fq_status status = FQ_OK;
 
@@ -210,6 +217,7 @@ static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
         b->late[b->count] = false;
         b->count++;
         b->nbytes += run->nbytes;
+        work += run->kind == FQ_COMPRESSED ? fq_cluster_size(&run->layer->geometry) : run->nbytes;
         job->cursor += run->nbytes;
     }
     return FQ_OK;
@@ -226,7 +234,7 @@ void fq_job_fail(fq_job *job, const fq_error *error)
     atomic_store(&job->stop, true);
 }
 
-static uint64_t now_ms(void)
+uint64_t fq_now_ms(void)
 {
     struct timespec t;
 
@@ -241,7 +249,7 @@ void fq_job_poll(void *arg)
 
     if (!job->request || !job->request->poll)
         return;
-    now = now_ms();
+    now = fq_now_ms();
     if (job->polled_at_ms == 0)
         job->polled_at_ms = now;
     if (now - job->polled_at_ms < FQ_POLL_MS)
@@ -326,9 +334,11 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
 
     if (fetched && status == FQ_OK)
         status = fq_batch_inflate(job, b, scratch, dest, &error);
-    fq_batch_release(b);
+    fq_batch_release(job, b);
     if (status == FQ_OK && job->write && b->count > 0 && !copied)
         status = job->write(job, b->guest_off, buffer.base, b->nbytes, &error);
+    if (status == FQ_OK && job->digest && b->count > 0)
+        status = fq_digest_take(job, job->digest, b->guest_off, b->guest_off, buffer.base, b->nbytes, b->by_caller, &error);
     if (status != FQ_OK)
         fq_job_fail(job, &error);
     atomic_fetch_add(&job->done_nbytes, b->nbytes);
@@ -363,8 +373,7 @@ fq_status fq_job_run_by(fq_job *job, unsigned threads, void (*fn)(void *job, boo
 {
     job->threads = threads;
     fq_pool_run(threads > 1 ? threads - 1 : 0, fn, fq_job_poll, job);
-    pthread_mutex_destroy(&job->lock);
-    pthread_cond_destroy(&job->turn);
+    fq_job_destroy(job);
     if (job->error.status != FQ_OK)
         *error = job->error;
     return job->error.status;
@@ -373,8 +382,8 @@ fq_status fq_job_run_by(fq_job *job, unsigned threads, void (*fn)(void *job, boo
 /* ---- scattered reads */
 
 /*
- * Is there work for more than one thread? Two compressed clusters are, plain data of a certain size is, zeroes are not. Looks at a
- * few runs only, through tables that the read itself needs next. What is wrong with the image is met again there, and reported
+ * Is there work for more than one thread? Two compressed clusters are, what is plain or inflated already is from a certain size on,
+ * zeroes are not. Looks at a few runs only, through tables that the read itself needs next. What is wrong with the image is met again there, and reported
  * there; a source that fails is not asked again.
  */
 static fq_status worth_threads(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_request *request, bool *worth,
@@ -390,8 +399,10 @@ static fq_status worth_threads(fq_reader *r, uint64_t guest_off, uint64_t nbytes
 
         if (status != FQ_OK)
             return status == FQ_ERR_SOURCE ? status : FQ_OK;
-        compressed += run.kind == FQ_COMPRESSED;
-        data += run.kind == FQ_DATA ? run.nbytes : 0;
+        if (run.kind == FQ_COMPRESSED && fq_cache_look(run.layer->clusters, run.layer->owner, run.entry) == FQ_ABSENT)
+            compressed++;
+        else if (!fq_run_reads_zero(&run))
+            data += run.nbytes;
         if (compressed >= 2 || data >= PARALLEL_DATA_NBYTES) {
             *worth = true;
             return FQ_OK;

@@ -176,9 +176,9 @@ fq_status fq_check_refer(fq_check *c, fq_role role, uint64_t guest_off, uint64_t
     return FQ_OK;
 }
 
-fq_status fq_check_use(fq_check *c, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error)
+fq_status fq_check_use(fq_check *c, fq_role role, uint64_t host_off, uint64_t nbytes, uint64_t times, fq_error *error)
 {
-    return fq_check_refer(c, role, FQ_NOWHERE, host_off, nbytes, 1, error);
+    return fq_check_refer(c, role, FQ_NOWHERE, host_off, nbytes, times, error);
 }
 
 /* ---- refcounts against references */

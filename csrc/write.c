@@ -9,7 +9,8 @@
  * Stretches of zeroes that the source's tables or holes tell of are not claimed, so an empty disk costs nothing. Sources that may
  * be streams are read by one thread at a time, in order.
  *
- * What a job allocates: the ring, bounded to RING_NBYTES or two stretches, a stretch to read into and an encoder for each thread.
+ * What a job allocates: the ring, bounded to RING_NBYTES or two stretches; and for each thread a stretch to read into, with a
+ * backing file two, and an encoder: so many threads as make do with THREADS_NBYTES, but one at least.
  */
 #include "internal.h"
 #include "layout.h"
@@ -24,6 +25,8 @@ enum {
     STRETCH_NBYTES = 512 << 10,
     STRETCH_NBYTES_REMOTE = 4 << 20, /* as much as is asked for at a time: see reader.c */
     RING_NBYTES = 48 << 20,
+    GRAIN_NBYTES_MAX = 16 << 20, /* as for QEMU */
+    THREADS_NBYTES = 96 << 20,
     RING_PER_THREAD = 4, /* stretches: what is slow to encode is several times slower than what is quick */
 };
 
@@ -37,8 +40,9 @@ typedef struct piece {
 
 typedef struct stretch {
     uint64_t guest_off;
-    size_t count;  /* clusters */
-    piece *pieces; /* whose bytes lie in `out`, one behind the other */
+    uint64_t before; /* where the one before it ends; zeroes lie between them */
+    size_t count;    /* clusters */
+    piece *pieces;   /* whose bytes lie in `out`, one behind the other */
     uint8_t *out;
     bool ready;
 } stretch;
@@ -49,9 +53,13 @@ typedef struct write_job {
     fq_reader *reader, *backing;
     int stream;
     bool ordered, stream_ended;
-    uint64_t size;       /* of the disk; of a stream, what has come of it */
+    uint64_t size; /* of the disk; of a stream, what has come of it */
+    uint64_t claimed_until;
+    fq_digest digest;
     uint64_t data_until; /* the run of the source that the cursor is in is not of zeroes */
     uint64_t cluster_size, stretch_nbytes;
+    uint64_t block_nbytes; /* zeroes are left out by blocks of so many bytes: a cluster, or several; 0: no zeroes are */
+    unsigned threads;
     fq_space *space;
     fq_written *written;
     atomic_bool in_backing;
@@ -65,7 +73,7 @@ typedef struct write_job {
 
 /* What one thread has for itself. */
 typedef struct bench {
-    fq_encoder *encoder;
+    void *encoder;       /* its state; NULL where there is none */
     uint8_t *in, *below; /* a stretch, and the same of the backing file */
     bool by_caller;
 } bench;
@@ -92,14 +100,14 @@ static fq_status resolve(write_job *w, fq_reader *r, uint64_t off, uint64_t nbyt
 }
 
 /*
- * Move the cursor past whole clusters that are known to be zeroes, in the backing file too. A run that is not is looked up once, in
+ * Move the cursor past whole blocks that are known to be zeroes, in the backing file too. A run that is not is looked up once, in
  * however many stretches it ends: some file systems look for the next hole page by page.
  */
 static fq_status skip_zeroes(write_job *w, bool is_caller, fq_error *error)
 {
     fq_job *job = &w->job;
 
-    while (!w->o->dense && job->cursor < job->end && job->cursor >= w->data_until && !atomic_load(&job->stop)) {
+    while (w->block_nbytes > 0 && job->cursor < job->end && job->cursor >= w->data_until && !atomic_load(&job->stop)) {
         uint64_t nbytes;
         bool zeroes;
         fq_status status = resolve(w, w->reader, job->cursor, job->end - job->cursor, &zeroes, &nbytes, error);
@@ -114,7 +122,7 @@ static fq_status skip_zeroes(write_job *w, bool is_caller, fq_error *error)
         if (!zeroes)
             w->data_until = job->cursor + nbytes;
         if (nbytes < job->end - job->cursor)
-            nbytes &= ~(w->cluster_size - 1);
+            nbytes &= ~(w->block_nbytes - 1);
         if (!zeroes || nbytes == 0)
             break;
         job->cursor += nbytes;
@@ -179,7 +187,7 @@ static fq_status read_stream(write_job *w, uint8_t *buf, size_t nbytes, size_t *
 
 static fq_status read_reader(write_job *w, uint8_t *buf, size_t nbytes, uint64_t guest_off, fq_error *error)
 {
-    return fq_reader_fill(w->reader, buf, nbytes, guest_off, w->ordered ? w->o->threads : 1, w->job.request, error);
+    return fq_reader_fill(w->reader, buf, nbytes, guest_off, w->ordered ? w->threads : 1, w->job.request, error);
 }
 
 /* The next stretch of a stream. One that has ended is asked no more. */
@@ -222,8 +230,10 @@ static fq_status claim(write_job *w, bench *b, stretch **out, size_t *nbytes, fq
     if (status != FQ_OK || *nbytes == 0)
         return status;
     (*out)->guest_off = job->cursor;
+    (*out)->before = w->claimed_until;
     (*out)->count = (size_t)((*nbytes + w->cluster_size - 1) / w->cluster_size);
     job->cursor += *nbytes;
+    w->claimed_until = job->cursor;
     pthread_mutex_lock(&w->lock);
     w->claimed++;
     pthread_mutex_unlock(&w->lock);
@@ -247,28 +257,37 @@ static fq_status read_below(write_job *w, bench *b, uint64_t guest_off, size_t n
     return status;
 }
 
-/* An extended entry tells of the zeroes in a plain cluster, in its upper half; the lower half says what is stored. */
+/*
+ * An extended entry tells of the zeroes in a plain cluster, in its upper half; the lower half says what is stored. Zeroes count
+ * from the grain on.
+ */
 static uint64_t bitmap_of(const write_job *w, const uint8_t *cluster)
 {
-    const size_t nbytes = (size_t)w->cluster_size / FQ_SUBCLUSTERS;
+    const size_t subcluster = (size_t)w->cluster_size / FQ_SUBCLUSTERS, grain = (size_t)w->o->grain;
+    const size_t nbytes = grain < subcluster ? subcluster : grain;
     uint64_t bitmap = 0;
 
     if (!w->o->geometry.extended_l2)
         return 0;
-    for (unsigned i = 0; i < FQ_SUBCLUSTERS; i++)
-        bitmap |= UINT64_C(1) << (!w->o->dense && fq_is_zero(cluster + i * nbytes, nbytes) ? FQ_SUBCLUSTERS + i : i);
+    for (unsigned i = 0; i < FQ_SUBCLUSTERS; i++) {
+        const size_t block = i * subcluster & ~(nbytes - 1);
+        const bool zeroes = grain > 0 && nbytes <= w->cluster_size && fq_is_zero(cluster + block, nbytes);
+
+        bitmap |= UINT64_C(1) << (zeroes ? FQ_SUBCLUSTERS + i : i);
+    }
     return bitmap;
 }
 
-static fq_status encode_cluster(const write_job *w, const bench *b, const uint8_t *cluster, const uint8_t *below, uint8_t *out,
-                                piece *p)
+/* may_leave_out: zeroes need not be stored. */
+static fq_status encode_cluster(const write_job *w, const bench *b, const uint8_t *cluster, const uint8_t *below,
+                                bool may_leave_out, uint8_t *out, piece *p)
 {
     const size_t nbytes = (size_t)w->cluster_size;
 
     *p = (piece){.fate = LEFT_OUT};
     if (below && memcmp(cluster, below, nbytes) == 0)
         return FQ_OK;
-    if (!w->o->dense && fq_is_zero(cluster, nbytes)) {
+    if (may_leave_out && fq_is_zero(cluster, nbytes)) {
         if (!below)
             return FQ_OK;
         if (w->o->geometry.version >= 3) {
@@ -278,7 +297,7 @@ static fq_status encode_cluster(const write_job *w, const bench *b, const uint8_
     }
     if (b->encoder) {
         size_t n;
-        const fq_status status = fq_encoder_run(b->encoder, cluster, nbytes, out, nbytes - 1, &n);
+        const fq_status status = w->o->encoder->run(b->encoder, cluster, nbytes, out, nbytes - 1, &n);
 
         if (status != FQ_OK)
             return status;
@@ -296,6 +315,7 @@ static fq_status encode(write_job *w, bench *b, stretch *s, size_t nbytes, fq_er
 {
     const size_t whole = s->count * (size_t)w->cluster_size;
     uint8_t *out = s->out;
+    bool may_leave_out = w->block_nbytes > 0;
     fq_status status = FQ_OK;
 
     memset(b->in + nbytes, 0, whole - nbytes);
@@ -304,7 +324,9 @@ static fq_status encode(write_job *w, bench *b, stretch *s, size_t nbytes, fq_er
     for (size_t i = 0; i < s->count && status == FQ_OK; i++) {
         const size_t at = i * (size_t)w->cluster_size;
 
-        status = encode_cluster(w, b, b->in + at, w->backing ? b->below + at : NULL, out, &s->pieces[i]);
+        if (w->block_nbytes > w->cluster_size && at % w->block_nbytes == 0)
+            may_leave_out = fq_is_zero(b->in + at, w->block_nbytes < whole - at ? (size_t)w->block_nbytes : whole - at);
+        status = encode_cluster(w, b, b->in + at, w->backing ? b->below + at : NULL, may_leave_out, out, &s->pieces[i]);
         if (status != FQ_OK)
             return fq_fail(error, status, s->guest_off + at, FQ_NOWHERE, FQ_NOWHERE);
         out += s->pieces[i].nbytes;
@@ -424,6 +446,8 @@ static bool write_once(write_job *w, bench *b)
             status = read_reader(w, b->in, nbytes, s->guest_off, &error);
         if (status == FQ_OK)
             status = encode(w, b, s, nbytes, &error);
+        if (status == FQ_OK && job->request && job->request->digest)
+            status = fq_digest_take(job, &w->digest, s->before, s->guest_off, b->in, nbytes, b->by_caller, &error);
     }
     if (status == FQ_OK && nbytes > 0) {
         pthread_mutex_lock(&w->lock);
@@ -441,32 +465,41 @@ static void write_main(void *arg, bool is_caller)
 {
     write_job *w = arg; /* the job is its first member */
     bench b = {.by_caller = is_caller};
-    fq_status status = FQ_OK;
+    const fq_encoder *encoder = w->o->encoder;
 
     b.in = malloc((size_t)w->stretch_nbytes);
     if (w->backing)
         b.below = malloc((size_t)w->stretch_nbytes);
-    if (!b.in || (w->backing && !b.below))
-        status = FQ_ERR_NOMEM;
-    else if (w->o->encoding != FQ_ENCODING_NONE)
-        status = fq_encoder_new(w->o->encoding, w->o->level, &b.encoder);
-    if (status != FQ_OK) {
+    if (encoder)
+        b.encoder = encoder->open(w->o->level);
+    if (!b.in || (w->backing && !b.below) || (encoder && !b.encoder)) {
         fq_error error;
 
-        fq_fail(&error, status, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
+        fq_fail(&error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
         fq_job_fail(&w->job, &error);
     }
     while (!atomic_load(&w->job.stop) && write_once(w, &b))
         if (is_caller)
             fq_job_poll(&w->job);
-    fq_encoder_free(b.encoder);
+    if (b.encoder)
+        encoder->close(b.encoder);
     free(b.in);
     free(b.below);
 }
 
+/* How many threads there are to be, that find room for what each allocates. */
+static unsigned threads_of(const write_job *w)
+{
+    const fq_encoder *encoder = w->o->encoder;
+    const size_t state_nbytes = encoder ? encoder->state_nbytes(w->o->level, (size_t)w->cluster_size) : 0;
+    const size_t room = THREADS_NBYTES / (state_nbytes + (size_t)w->stretch_nbytes * (w->backing ? 2 : 1));
+
+    return room < 1 ? 1 : room < w->o->threads ? (unsigned)room : w->o->threads;
+}
+
 static bool make_ring(write_job *w)
 {
-    const uint64_t fits = RING_NBYTES / w->stretch_nbytes, wanted = (uint64_t)w->o->threads * RING_PER_THREAD;
+    const uint64_t fits = RING_NBYTES / w->stretch_nbytes, wanted = (uint64_t)w->threads * RING_PER_THREAD;
     const size_t clusters = (size_t)(w->stretch_nbytes / w->cluster_size);
 
     w->ring_count = wanted < fits ? wanted : fits;
@@ -491,10 +524,27 @@ static void free_ring(write_job *w)
     free(w->ring);
 }
 
+/* Zeroes behind the last stretch, up to the size of the disk that was made. */
+static fq_status digest_rest(write_job *w, uint64_t size, const fq_request *request, fq_error *error)
+{
+    fq_status status = FQ_OK;
+
+    if (request && request->digest) {
+        fq_job_init(&w->job, w->reader, 0, 0, request);
+        status = fq_digest_take(&w->job, &w->digest, w->claimed_until, size, NULL, 0, true, error);
+        fq_job_destroy(&w->job);
+    }
+    return status;
+}
+
 static bool are_sound(const fq_write_options *o)
 {
     const fq_geometry *g = &o->geometry;
 
+    if (o->encoder && (o->level < o->encoder->level_min || o->level > o->encoder->level_max))
+        return false;
+    if (o->grain & (o->grain - 1) || o->grain > GRAIN_NBYTES_MAX)
+        return false;
     return (g->version == 2 || g->version == 3) && g->cluster_bits >= (g->extended_l2 ? 14 : 9) && g->cluster_bits <= 21 &&
            !(g->version == 2 && (g->extended_l2 || o->refcount_order != 4)) && o->refcount_order <= 6 && o->threads > 0;
 }
@@ -510,26 +560,35 @@ fq_status fq_write(fq_reader *reader, int stream, fq_reader *backing, const fq_w
     if (!are_sound(o))
         return fq_fail(error, FQ_ERR_ARGUMENT, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
     w.cluster_size = fq_cluster_size(&o->geometry);
+    if (o->grain > 0)
+        w.block_nbytes = o->encoder || o->grain < w.cluster_size ? w.cluster_size : o->grain;
     w.stretch_nbytes = remote ? STRETCH_NBYTES_REMOTE : STRETCH_NBYTES;
     if (w.stretch_nbytes < w.cluster_size)
         w.stretch_nbytes = w.cluster_size;
+    if (w.stretch_nbytes < w.block_nbytes)
+        w.stretch_nbytes = w.block_nbytes;
+    w.threads = threads_of(&w);
     w.size = reader ? reader->size : 0;
     w.ordered = reader && reader->ordered;
     w.space = fq_space_new(o->fd, &o->geometry, o->refcount_order, o->tables_nbytes);
     fq_job_init(&w.job, reader, 0, w.size, request);
+    fq_digest_init(&w.digest);
     pthread_mutex_init(&w.lock, NULL);
     pthread_cond_init(&w.room, NULL);
     if (!w.space || !make_ring(&w)) {
         status = fq_fail(error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
     } else {
-        status = fq_job_run_by(&w.job, o->threads < w.ring_count ? o->threads : (unsigned)w.ring_count, write_main, error);
+        status = fq_job_run_by(&w.job, w.threads < w.ring_count ? w.threads : (unsigned)w.ring_count, write_main, error);
     }
     written->size = (w.size + 511) & ~UINT64_C(511);
+    if (status == FQ_OK)
+        status = digest_rest(&w, written->size, request, error);
     if (status == FQ_OK)
         status = fq_space_finish(w.space, written->size, written, error);
     written->in_backing = atomic_load(&w.in_backing);
     free_ring(&w);
     fq_space_free(w.space);
+    fq_digest_destroy(&w.digest);
     pthread_mutex_destroy(&w.lock);
     pthread_cond_destroy(&w.room);
     return status;

@@ -113,6 +113,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="how many random images to try, and of damaged ones a third as many of each kind",
     )
+    parser.addoption("--damaged-images", type=int, default=8, metavar="N", help="how often to damage each image of test_damage.py")
     parser.addoption("--random-seed", type=int, default=0, metavar="SEED", help="the first of their seeds")
 
 

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -39,11 +41,11 @@ def path(tmp_path: Path, made: tuple[bytes, bytes]) -> Path:
     return path
 
 
-def inflated(image: fastqcow.Image) -> int:
+def inflated(image: fastqcow.Image, seconds: float = 0.05) -> int:
     """Clusters inflated, once that number stays the same for a while."""
     while True:
         count = image.stats()["clusters_inflated"]
-        time.sleep(0.05)
+        time.sleep(seconds)
         if image.stats()["clusters_inflated"] == count:
             return count
 
@@ -83,6 +85,32 @@ def test_jumps_inflate_nothing_more(path: Path, nbytes: int) -> None:
         for i in range(50):
             image.pread(nbytes, i * 37 % COUNT * CLUSTER)
         assert inflated(image) == 50
+
+
+def read_scattered(image: fastqcow.Image, clusters: Iterable[int]) -> list[int]:
+    """Read a little of each cluster, and wait for what that brings along: how many clusters each read has had inflated."""
+    counts = [0]
+    for cluster in clusters:
+        image.pread(4096, cluster * CLUSTER)
+        counts.append(inflated(image, seconds=0.03))
+    return [after - before for before, after in pairwise(counts)]
+
+
+def test_neighbours_of_scattered_reads(path: Path) -> None:
+    """Where reads come back near earlier ones, what lies behind a cluster that had to be inflated is inflated too."""
+    starts = (0, 50, 100, 150)
+    with fastqcow.open(path, threads=2) as image:
+        assert read_scattered(image, starts) == [1, 1, 1, 1]
+        later = read_scattered(image, [start + i for i in (1, 2, 3) for start in starts])
+        assert later.count(0) >= 6
+        assert sum(later) <= 6 * len(starts)  # three are read of each, and up to three more inflated
+
+
+def test_neighbours_that_are_not_read(path: Path) -> None:
+    """What was earned before is used up, and then nothing more is inflated in vain."""
+    with fastqcow.open(path, threads=2) as image:
+        read_scattered(image, (0, 20, 40, 1, 21, 41, 2, 22, 42))
+        assert read_scattered(image, range(50, 150, 5))[-8:] == [1] * 8
 
 
 def test_small_clusters_are_not_read_ahead(tmp_path: Path) -> None:

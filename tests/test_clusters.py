@@ -23,6 +23,7 @@ def test_build_info_names_the_engines() -> None:
     engines = fastqcow.build_info()
     assert engines.libz[0].isdigit()
     assert engines.libzstd[0].isdigit()
+    assert all(each is None or each[0].isdigit() for each in (engines.libdeflate, engines.isal))
     assert engines.deflate == ("libdeflate" if engines.libdeflate else "libz")
 
 

@@ -277,6 +277,34 @@ def test_bad_options(path: Path, options: Any) -> None:
         fastqcow.open(path, **options)
 
 
+BAD = {
+    "data beyond the end": data_entry(AT + 99 * CLUSTER),
+    "a stream beyond the end": compressed_entry(AT + 99 * CLUSTER, 100, 16),
+    "a bad stream": compressed_entry(AT, 5000, 16),
+    "an unaligned place": data_entry(AT + 512),
+}
+
+
+@pytest.mark.parametrize("second", BAD)
+@pytest.mark.parametrize("first", BAD)
+def test_of_two_errors_the_first_is_told(tmp_path: Path, first: str, second: str) -> None:
+    """Whatever is fetched and inflated in which order; also where the clusters are asked for in part."""
+    stream = deflate(text(CLUSTER))
+    good = compressed_entry(AT + 2 * CLUSTER, len(stream), 16)
+    path = tmp_path / "disk.qcow2"
+    entries = [good, data_entry(AT), BAD[first], good, BAD[second], data_entry(AT)]
+    path.write_bytes(build(entries, b"\xff" * 2 * CLUSTER + stream + bytes(512)))
+    ways: list[dict[str, Any]] = [{"threads": 1}, {"threads": 3}, {"threads": 1, "cache_size": 0}]
+    for options in ways:
+        for start in (0, 3 * CLUSTER - 700):
+            with fastqcow.open(path, **options) as image, pytest.raises(fastqcow.FormatError) as caught:
+                image.pread(6 * CLUSTER, start)
+            assert caught.value.guest_off == max(2 * CLUSTER, start)
+        with fastqcow.open(path, **options) as image, pytest.raises(fastqcow.FormatError) as caught:
+            fastqcow.convert(image, tmp_path / "out.raw")
+        assert caught.value.guest_off == 2 * CLUSTER
+
+
 def test_engine_is_the_one_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a stream that tells the engines apart; by option, and by environment where there is no option."""
     stream, inflated = only_libdeflate_takes()

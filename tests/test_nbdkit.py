@@ -16,7 +16,7 @@ from conftest import Qemu
 from fastqcow.integrations import __file__ as integrations
 from fastqcow.libnbd import Client
 from images import PAYLOAD, build, compressed_entry, data_entry, deflate, mixed, noise, patched, text
-from serving import contents, extents, need, run, served, served_by_qemu
+from serving import Server, contents, extents, need, run, served, served_by_qemu
 
 PLUGIN = Path(integrations).with_name("nbdkit.py")
 CLUSTER = 65536
@@ -211,3 +211,21 @@ def test_a_package_for_another_python_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith(f"fastqcow: {folder} cannot be loaded by Python 3.")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_connections_leave_nothing_behind(images: Path, tmp_path: Path, threads: int) -> None:
+    """Their threads keep their Python thread states, which weigh 5 KiB at least, to the end of the connection and no longer."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is read from /proc")
+
+    def connect(server: Server, count: int) -> int:
+        for _ in range(count):
+            client = Client.of_socket(str(tmp_path / "nbd"))
+            assert client.pread(512, 0) == client.pread(512, 0)
+            client.close()
+        return int(Path(f"/proc/{server.process.pid}/status").read_text().partition("RssAnon:")[2].split()[0])
+
+    with served(tmp_path, images / "zlib", "-m", str(threads)) as server:
+        before = connect(server, 50)
+        assert connect(server, 400) - before < 400 * threads * 2

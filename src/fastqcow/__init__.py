@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 
 from fastqcow.bitmaps import BitmapEntry, Range
 from fastqcow.describe import info
-from fastqcow.errors import CorruptWarning, Error, FormatError, PasswordError, PolicyError, UnsupportedError
+from fastqcow.errors import (
+    CheckWarning,
+    CorruptWarning,
+    Error,
+    FormatError,
+    PasswordError,
+    PolicyError,
+    UnsupportedError,
+    VerifyError,
+)
 from fastqcow.header import Header
 from fastqcow.image import Extent, Image, Snapshot, open, open_raw  # noqa: A004 - that is its name: fastqcow.open
 from fastqcow.snapshots import SnapshotEntry
@@ -27,6 +36,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BitmapEntry",
     "CheckResult",
+    "CheckWarning",
     "Conversion",
     "CorruptWarning",
     "Difference",
@@ -47,6 +57,7 @@ __all__ = [
     "Snapshot",
     "SnapshotEntry",
     "UnsupportedError",
+    "VerifyError",
     "build_info",
     "check",
     "checksum",

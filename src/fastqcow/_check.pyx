@@ -21,6 +21,8 @@ LEAK = <int>_core.FQ_LEAK
 CHECK_ERROR = <int>_core.FQ_CHECK_ERROR
 OVERLAP = <int>_core.FQ_OVERLAP
 
+REPORTS_MAX = <int>_core.FQ_CHECK_REPORTS_MAX
+
 
 cdef void report_finding(void *opaque, const fq_finding *found, uint64_t times) noexcept nogil:
     if Py_IsInitialized():
@@ -103,14 +105,14 @@ cdef class Checker:
             raise ValueError("this Checker was not made")
         return 0
 
-    def use(self, int role, uint64_t host_off, uint64_t nbytes):
-        """Count a reference to a range of the file."""
+    def use(self, int role, uint64_t host_off, uint64_t nbytes, uint64_t times):
+        """Count so many references to a range of the file."""
         cdef fq_error error
         cdef fq_status status
 
         self.is_open()
         with nogil:
-            status = _core.fq_check_use(self.c, <fq_role>role, host_off, nbytes, &error)
+            status = _core.fq_check_use(self.c, <fq_role>role, host_off, nbytes, times, &error)
         check(status, &error, self.request, [(self.source.path, self.source.path)])
 
     def l1(self, uint64_t l1_off, uint64_t entries, uint64_t l1_index, uint32_t active, uint32_t inactive):

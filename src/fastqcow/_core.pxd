@@ -100,6 +100,7 @@ cdef extern from "fastqcow.h" nogil:
     ctypedef struct fq_request:
         void *user
         int (*poll)(void *user, uint64_t done_nbytes) noexcept
+        int (*digest)(void *user, const uint8_t *data, uint64_t nbytes) noexcept
 
     ctypedef struct fq_source
     ctypedef ptrdiff_t (*fq_read_fn)(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept
@@ -171,21 +172,22 @@ cdef extern from "fastqcow.h" nogil:
     fq_status fq_export(fq_reader *reader, uint64_t guest_off, uint64_t nbytes, const fq_target *target, uint64_t *written,
                         const fq_request *request, fq_error *error)
 
-    ctypedef enum fq_encoding:
-        FQ_ENCODING_NONE
-        FQ_ENCODING_LIBZ
-        FQ_ENCODING_ISAL
-        FQ_ENCODING_ZSTD
+    ctypedef struct fq_encoder:
+        int level_min
+        int level_max
 
+    const fq_encoder fq_encoder_libz
+    const fq_encoder fq_encoder_zstd
+    const fq_encoder fq_encoder_isal
     const char *fq_version_isal()
 
     ctypedef struct fq_write_options:
         int fd
         fq_geometry geometry
         uint32_t refcount_order
-        fq_encoding encoding
+        const fq_encoder *encoder
         int level
-        bint dense
+        uint64_t grain
         unsigned threads
         size_t tables_nbytes
 
@@ -210,6 +212,9 @@ cdef extern from "fastqcow.h" nogil:
         FQ_LEAK
         FQ_CHECK_ERROR
         FQ_OVERLAP
+
+    enum:
+        FQ_CHECK_REPORTS_MAX
 
     ctypedef enum fq_finding_kind:
         pass
@@ -264,7 +269,7 @@ cdef extern from "fastqcow.h" nogil:
     fq_status fq_check_open(fq_source *source, const fq_check_options *options, const fq_request *request, fq_check **out,
                             fq_error *error)
     void fq_check_close(fq_check *check)
-    fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, fq_error *error)
+    fq_status fq_check_use(fq_check *check, fq_role role, uint64_t host_off, uint64_t nbytes, uint64_t times, fq_error *error)
     fq_status fq_check_l1(fq_check *check, const fq_l1_range *range, const fq_request *request, fq_error *error)
     fq_status fq_check_bitmap(fq_check *check, uint64_t table_off, uint64_t entries, uint32_t times, const fq_request *request,
                               fq_error *error)

@@ -1,8 +1,22 @@
-# What the modules beside _reader use of it: sources, and how calls of the core are made and their failures raised.
+# What the modules beside _reader use of it: sources, how calls of the core are made and their failures raised, and what works with the
+# threads of the readers, of which a process has one pool: so that part of the core is linked into _reader alone.
 
 from libc.stddef cimport ptrdiff_t
 
-from fastqcow._core cimport fq_crypt, fq_error, fq_iovec, fq_range, fq_reader, fq_request, fq_source, fq_status, uint8_t, uint64_t
+from fastqcow._core cimport (
+    fq_crypt,
+    fq_error,
+    fq_iovec,
+    fq_range,
+    fq_reader,
+    fq_request,
+    fq_source,
+    fq_status,
+    fq_write_options,
+    fq_written,
+    uint8_t,
+    uint64_t,
+)
 
 
 cdef extern from "Python.h":
@@ -13,6 +27,7 @@ cdef class Request:
     cdef fq_request c
     cdef object exception
     cdef object progress
+    cdef object digest
 
 
 cdef class Source:
@@ -51,3 +66,12 @@ cdef class Reader:
 cdef void note(Request request, exception) noexcept
 cdef int check(fq_status status, const fq_error *error, Request request, list paths, target=*) except -1
 cdef object place(uint64_t number)
+cdef fq_status write(
+    fq_reader *reader,
+    int stream,
+    fq_reader *backing,
+    const fq_write_options *options,
+    fq_written *written,
+    const fq_request *request,
+    fq_error *error,
+) noexcept nogil

@@ -1,7 +1,7 @@
 from collections.abc import Callable, Sequence
 from typing import TypedDict
 
-from fastqcow._types import BinaryFile, Writable
+from fastqcow._types import BinaryFile, Digest, Writable
 
 UNALLOCATED: int
 UNALLOCATED_ALLOC: int
@@ -9,6 +9,8 @@ ZERO: int
 ZERO_ALLOC: int
 DATA: int
 COMPRESSED: int
+LIBZ: object
+ZSTD: object
 
 class Stats(TypedDict):
     clusters_inflated: int
@@ -84,6 +86,13 @@ class Reader:
     def preadv(self, buffers: Sequence[Writable], guest_off: int) -> int: ...
     def extents(self, guest_off: int, end: int, capacity: int) -> list[tuple[int, int, int | None, int, int]]: ...
     def export(
-        self, fd: int, path: str, grain: int, reads_zero: bool, offload: bool, progress: Callable[[int], object] | None
+        self,
+        fd: int,
+        path: str,
+        grain: int,
+        reads_zero: bool,
+        offload: bool,
+        progress: Callable[[int], object] | None,
+        digest: Digest | None,
     ) -> int: ...
     def stats(self) -> Stats: ...

@@ -7,9 +7,11 @@ it lets that read finish; the last one out frees.
 """
 
 cimport cython
-from cpython.buffer cimport PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_READ, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.exc cimport PyErr_CheckSignals
+from cpython.memoryview cimport PyMemoryView_FromMemory
+from cpython.pycapsule cimport PyCapsule_New
 from libc.stddef cimport ptrdiff_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memcpy, memset
@@ -30,6 +32,8 @@ from fastqcow._core cimport (
     fq_stats,
     fq_status,
     fq_target,
+    fq_write_options,
+    fq_written,
     uint8_t,
     uint32_t,
     uint64_t,
@@ -46,18 +50,26 @@ ZERO_ALLOC = <int>_core.FQ_ZERO_ALLOC
 DATA = <int>_core.FQ_DATA
 COMPRESSED = <int>_core.FQ_COMPRESSED
 
+# Encoders, for _write.
+LIBZ = PyCapsule_New(<void *>&_core.fq_encoder_libz, "fastqcow.encoder", NULL)
+ZSTD = PyCapsule_New(<void *>&_core.fq_encoder_zstd, "fastqcow.encoder", NULL)
+
 cdef enum:
-    # Reads from here on look after signals and so can be interrupted; smaller ones take less than a tenth of a second.
-    INTERRUPTIBLE_NBYTES = 16 << 20
+    # Reads from here on look after signals and so can be interrupted; smaller ones take less than a tenth of a second. (Or a second,
+    # of streams that are made to be slow, and then of one cluster of 2 MiB.)
+    INTERRUPTIBLE_NBYTES = 1 << 20
 
 
 cdef class Request:
     """One call of the core: what to poll for, and what a callback raised."""
 
-    def __cinit__(self, progress=None):
+    def __cinit__(self, progress=None, digest=None):
         self.progress = progress
+        self.digest = digest
         self.c.user = <void *>self
         self.c.poll = poll
+        if digest is not None:
+            self.c.digest = update_digest
 
     def stopped(self):
         """Whether what is read for it is not wanted any more."""
@@ -84,6 +96,22 @@ cdef int poll_python(void *user, uint64_t done_nbytes) noexcept with gil:
     except BaseException as e:
         note(request, e)
     return request.exception is not None
+
+
+ZEROES = bytes(1 << 20)
+
+
+cdef int update_digest(void *user, const uint8_t *data, uint64_t nbytes) noexcept with gil:
+    request = <Request>user
+    try:
+        if data == NULL:
+            request.digest.update(memoryview(ZEROES)[:nbytes])
+        else:
+            request.digest.update(PyMemoryView_FromMemory(<char *>data, nbytes, PyBUF_READ))
+    except BaseException as e:
+        note(request, e)
+        return -1
+    return 0
 
 
 cdef void note(Request request, exception) noexcept:
@@ -521,12 +549,13 @@ cdef class Reader:
         finally:
             free(found)
 
-    def export(self, int fd, path, uint64_t grain, bint reads_zero, bint offload, progress):
-        """Write the whole disk to a descriptor, by position; `path` is its name in errors. progress is called with the bytes done.
+    def export(self, int fd, path, uint64_t grain, bint reads_zero, bint offload, progress, digest):
+        """Write the whole disk to a descriptor, by position; `path` is its name in errors. progress is called with the bytes done, the
+        `update` of `digest`, if it is not None, with all bytes in their order.
 
         Returns the bytes written as data.
         """
-        cdef Request request = Request(progress)
+        cdef Request request = Request(progress, digest)
         cdef fq_target target
         cdef uint64_t written
         cdef fq_error error
@@ -552,3 +581,15 @@ cdef uint64_t check_offset(guest_off) except? 0xffffffffffffffff:
     if guest_off < 0:
         raise ValueError(f"the offset is {guest_off}; it cannot be negative")
     return min(guest_off, 0x7fffffffffffffff)
+
+
+cdef fq_status write(
+    fq_reader *reader,
+    int stream,
+    fq_reader *backing,
+    const fq_write_options *options,
+    fq_written *written,
+    const fq_request *request,
+    fq_error *error,
+) noexcept nogil:
+    return _core.fq_write(reader, stream, backing, options, written, request, error)

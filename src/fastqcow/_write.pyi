@@ -2,11 +2,7 @@ from collections.abc import Callable
 from typing import TypedDict
 
 from fastqcow._reader import Reader
-
-NONE: int
-LIBZ: int
-ISAL: int
-ZSTD: int
+from fastqcow._types import Digest
 
 class Written(TypedDict):
     size: int
@@ -29,15 +25,15 @@ def write(
     fd: int,
     path: str,
     progress: Callable[[int], object] | None,
+    digest: Digest | None,
     *,
     version: int,
     cluster_bits: int,
     extended_l2: bool,
     refcount_order: int,
-    encoding: int,
+    encoder: object,
     level: int,
-    dense: bool,
+    grain: int,
     threads: int,
     tables_nbytes: int,
 ) -> Written: ...
-def isal_version() -> str | None: ...

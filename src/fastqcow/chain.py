@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from fastqcow.crypt import Password
     from fastqcow.policy import Rule
 
-__all__ = ["Layer", "Options", "is_encrypted", "make_options", "open_chain", "open_over", "open_view", "reopened", "walk"]
+__all__ = ["Layer", "Options", "is_encrypted", "layers", "make_options", "open_chain", "open_over", "open_view", "reopened", "walk"]
 
 DEPTH_MAX = 200
 L1_NBYTES_MAX = 256 << 20  # of all layers together; each may have 32 MiB
 TABLE_CACHE_NBYTES = 8 << 20
+TABLE_SLICE_NBYTES = 64 << 10  # as the core reads them
 CACHE_SIZE = 32 << 20
 
 
@@ -48,13 +49,14 @@ class Options(NamedTuple):
         """Without the password: it would be told by every traceback that shows variables."""
         return f"<Options threads={self.threads} cache_size={self.cache_size} engine={self.engine!r}>"
 
-    def sizes(self, largest_cluster: int) -> dict[str, int]:
-        """What every reader of a chain is given."""
+    def sizes(self, largest_cluster: int, layers: int) -> dict[str, int]:
+        """What every reader of a chain is given. A look-up may go through the tables of all layers: they are not to push out each
+        other, or each would be read for every cluster."""
         return {
             "threads": self.threads,
             "largest_cluster": largest_cluster,
             "cluster_cache_nbytes": self.cache_size,
-            "table_cache_nbytes": TABLE_CACHE_NBYTES,
+            "table_cache_nbytes": max(TABLE_CACHE_NBYTES, 2 * layers * TABLE_SLICE_NBYTES),
         }
 
     def codec(self, compression_type: str) -> int:
@@ -109,7 +111,7 @@ def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True
         OSError: a layer's file cannot be opened or read.
     """
     files: list[tuple[Source, Header | None, Source | None, Crypt | None]] = []
-    data_rule = options.data_file
+    data_rule, hashings = options.data_file, 0
     for opened, head in walk(source, options.backing):
         data = crypt = None
         if head:
@@ -118,14 +120,16 @@ def open_chain(source: Path | BinaryFile, options: Options, *, warn: bool = True
             if head.encrypted:
                 from fastqcow.crypt import open_crypt  # what it imports takes longer than opening most images
 
-                crypt = open_crypt(opened, head, options.password)
+                crypt, hashings = open_crypt(opened, head, options.password, hashings)
+            if files:  # nobody asks for what may be 2 MiB in each file
+                head = head._replace(unknown_extensions=())
         files.append((opened, head, data, crypt))
     headers = [head for _, head, _, _ in files if head]
     _check_l1_tables(headers, files[0][0].path)
     largest = max(head.cluster_size for head in headers)
     layer = None
     for opened, head, data, crypt in reversed(files):
-        layer = _open_layer(opened, head, data, crypt, layer, options, largest)
+        layer = _open_layer(opened, head, data, crypt, layer, options, largest, len(files))
     assert layer is not None
     return layer
 
@@ -141,12 +145,12 @@ def open_over(source: Source, head: Header, data: Source | None, below: Layer | 
     _check_readable(source, head, warn=True)
     check_data_file(source, head)
     if isinstance(below, Source):
-        below = _open_layer(below, None, None, None, None, options, head.cluster_size)
-    layers = _layers(below) if below else []
-    if len(layers) >= DEPTH_MAX:
+        below = _open_layer(below, None, None, None, None, options, head.cluster_size, 2)
+    chain = layers(below) if below else []
+    if len(chain) >= DEPTH_MAX:
         raise FormatError(f"the backing chain is deeper than {DEPTH_MAX} files", path=source.path)
-    _check_l1_tables([head, *(each.header for each in layers if each.header)], source.path)
-    return _open_layer(source, head, data, None, below, options, head.cluster_size)
+    _check_l1_tables([head, *(each.header for each in chain if each.header)], source.path)
+    return _open_layer(source, head, data, None, below, options, head.cluster_size, len(chain) + 1)
 
 
 def walk(source: Path | BinaryFile, rule: Rule) -> Iterator[tuple[Source, Header | None]]:
@@ -180,27 +184,27 @@ def open_view(image: Layer, options: Options, *, size: int, l1_off: int, l1_entr
     head, below = image.header, image.backing if with_backing else None
     assert head is not None
     source, crypt = image.reader.source, image.crypt
-    reader = _open_reader(source, head, image.data, crypt, below, image.reader, options, 0, size, l1_off, l1_entries)
+    reader = _open_reader(source, head, image.data, crypt, below, image.reader, options, 0, 0, size, l1_off, l1_entries)
     return Layer(reader, head, image.data, crypt, below)
 
 
 def is_encrypted(layer: Layer) -> bool:
     """Whether some file of the chain needed a password."""
-    return any(each.crypt is not None for each in _layers(layer))
+    return any(each.crypt is not None for each in layers(layer))
 
 
 def reopened(layer: Layer, options: Options) -> Layer:
     """The same files and keys, with caches of their own: nothing of what was read is in them."""
-    chain = _layers(layer)
+    chain = layers(layer)
     largest = max(each.header.cluster_size for each in chain if each.header)
     below = None
     for each in reversed(chain):
-        below = _open_layer(each.reader.source, each.header, each.data, each.crypt, below, options, largest)
+        below = _open_layer(each.reader.source, each.header, each.data, each.crypt, below, options, largest, len(chain))
     assert below is not None
     return below
 
 
-def _layers(top: Layer) -> list[Layer]:
+def layers(top: Layer) -> list[Layer]:
     """A layer and those below it."""
     found, layer = [top], top.backing
     while layer is not None:
@@ -243,11 +247,13 @@ def _open_layer(
     below: Layer | None,
     options: Options,
     largest_cluster: int,
+    layers: int,
 ) -> Layer:
     if head is None:
-        return Layer(Reader.raw(source, source.size + 511 & ~511, **options.sizes(largest_cluster)), None, None, None, None)
+        reader = Reader.raw(source, source.size + 511 & ~511, **options.sizes(largest_cluster, layers))
+        return Layer(reader, None, None, None, None)
     table = head.disk_size, head.l1_off, head.l1_entries
-    reader = _open_reader(source, head, data, crypt, below, None, options, largest_cluster, *table)
+    reader = _open_reader(source, head, data, crypt, below, None, options, largest_cluster, layers, *table)
     return Layer(reader, head, data, crypt, below)
 
 
@@ -260,6 +266,7 @@ def _open_reader(
     sibling: Reader | None,
     options: Options,
     largest_cluster: int,
+    layers: int,
     size: int,
     l1_off: int,
     l1_entries: int,
@@ -277,5 +284,5 @@ def _open_reader(
         size=size,
         l1_off=l1_off,
         l1_entries=l1_entries,
-        **options.sizes(largest_cluster),
+        **options.sizes(largest_cluster, layers),
     )

@@ -6,7 +6,7 @@ read: backing and external data files are not even opened, and no password is ne
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fastqcow._reader import Source
     from fastqcow._types import BinaryFile, Path
 
-__all__ = ["CheckResult", "Finding", "check"]
+__all__ = ["CheckResult", "Finding", "check", "check_source"]
 
 FILE_NBYTES_MAX = 0x7FFF_FFFF_C000_0000  # beyond which QEMU reads nothing
 _SEVERITIES = {
@@ -94,7 +94,11 @@ def check(source: Path | BinaryFile, *, report: Callable[[Finding], object] | No
         UnsupportedError: a version or a feature that is not known.
         OSError: the file cannot be opened or read.
     """
-    opened = open_source(source)
+    return check_source(open_source(source), report)
+
+
+def check_source(opened: Source, report: Callable[[Finding], object] | None = None) -> CheckResult:
+    """As `check`, of a file that is open."""
     header = Header.read(opened.pread, opened.path)
     if header.unsupported:
         raise UnsupportedError(header.unsupported, path=opened.path)
@@ -111,7 +115,8 @@ class _Check:
         self.source = source
         self.header = header
         self.report = report
-        self.corruptions = 0
+        self.corruptions = self.not_reported = 0
+        self.reports: Counter[str] = Counter()
         self.checker = _check.Checker(
             source,
             self.found,
@@ -137,9 +142,28 @@ class _Check:
     ) -> None:
         self.report(Finding(_SEVERITIES[severity], reason, times, guest_off, host_off, value, refcount, references))
 
-    def corruption(self, reason: str, host_off: int | None = None, value: int | None = None) -> None:
+    def corruption(self, sentence: str, entry: SnapshotEntry, host_off: int, value: int | None = None) -> None:
+        """The sentence may have a place for the snapshot. So many are reported as of each kind in the core."""
         self.corruptions += 1
+        self.reports[sentence] += 1
+        if self.reports[sentence] > _check.REPORTS_MAX:
+            self.not_reported += 1
+            return
+        reason = sentence.format(f"snapshot {entry.id} ({entry.name})")
         self.report(Finding("corruption", reason, host_off=host_off, value=value))
+
+    def use(self, role: int, tables: list[tuple[int, int]]) -> None:
+        """Count the references to tables, given as (offset, entries). Where they lie over each other, each cluster is met once."""
+        size, behind = self.header.cluster_size, self.source.size + self.header.cluster_size
+        clusters = []
+        for off, entries in tables:
+            if off + entries * 8 >= behind:
+                self.checker.use(role, off, entries * 8, 1)  # which says so
+            elif entries:
+                start, end = off // size * size, -(-(off + entries * 8) // size) * size
+                clusters.append((start, (end - start) // 8))
+        for start, end, _, times in _disjoint((0, 0), clusters):
+            self.checker.use(role, start, min(end, behind) - 1 - start, times)  # the end of the file may cut the last cluster
 
     def run(self) -> CheckResult:
         header, checker = self.header, self.checker
@@ -147,20 +171,19 @@ class _Check:
         bitmaps = read_directory(self.source.pread, header, self.source.path)
         self.check_place("L1", header.l1_off, header.l1_entries * 8)
         self.check_place("refcount", header.refcount_table_off, header.refcount_table_clusters * header.cluster_size)
-        checker.use(_check.HEADER, 0, header.cluster_size)
-        checker.use(_check.REFCOUNT_TABLE, header.refcount_table_off, header.refcount_table_clusters * header.cluster_size)
+        checker.use(_check.HEADER, 0, header.cluster_size, 1)
+        checker.use(_check.REFCOUNT_TABLE, header.refcount_table_off, header.refcount_table_clusters * header.cluster_size, 1)
         if header.crypto:
-            checker.use(_check.OTHER, header.crypto.host_off, header.crypto.nbytes)
+            checker.use(_check.OTHER, header.crypto.host_off, header.crypto.nbytes, 1)
         tables = self.check_snapshots(snapshots)
-        for bitmap in bitmaps:
-            checker.use(_check.OTHER, bitmap.table_off, bitmap.table_entries * 8)
-        for start, end, _, times in _disjoint((0, 0), [(bitmap.table_off, bitmap.table_entries) for bitmap in bitmaps]):
+        bitmap_tables = [(bitmap.table_off, bitmap.table_entries) for bitmap in bitmaps]
+        self.use(_check.OTHER, bitmap_tables)
+        for start, end, _, times in _disjoint((0, 0), bitmap_tables):
             checker.bitmap(start, (end - start) // 8, times)
         if header.bitmaps and bitmaps:
-            checker.use(_check.OTHER, header.bitmaps.directory_off, header.bitmaps.directory_nbytes)
-        checker.use(_check.L1, header.l1_off, header.l1_entries * 8)
-        for off, entries in tables:
-            checker.use(_check.SNAPSHOT_L1, off, entries * 8)
+            checker.use(_check.OTHER, header.bitmaps.directory_off, header.bitmaps.directory_nbytes, 1)
+        checker.use(_check.L1, header.l1_off, header.l1_entries * 8, 1)
+        self.use(_check.SNAPSHOT_L1, tables)
         for start, end, active, inactive in _disjoint((header.l1_off, header.l1_entries), tables):
             checker.l1(start, (end - start) // 8, (start - header.l1_off) // 8 if active else 0, active, inactive)
         counts = checker.finish()
@@ -174,26 +197,26 @@ class _Check:
             compressed_clusters=counts["compressed_clusters"],
             fragmented_clusters=counts["fragmented_clusters"],
             image_end_off=counts["image_end_off"],
-            not_reported=counts["not_reported"],
+            not_reported=counts["not_reported"] + self.not_reported,
         )
 
     def check_snapshots(self, snapshots: tuple[SnapshotEntry, ...]) -> list[tuple[int, int]]:
         """The L1 tables of those that can have one: offset and entries."""
         header, at, tables = self.header, self.header.snapshots_off, []
         if snapshots and header.has_data_file:
-            self.corruption("there are snapshots in an image with an external data file", at)
+            self.corruption("there are snapshots in an image with an external data file", snapshots[0], at)
         for i, entry in enumerate(snapshots):
             if header.version >= 3 and not entry.has_disk_size:
-                self.corruption(f"the entry of snapshot {entry.id} ({entry.name}) lacks what version 3 asks for", at)
+                self.corruption("the entry of {} lacks what version 3 asks for", entry, at)
             if entry.l1_off % header.cluster_size:
-                self.corruption(f"the L1 table of snapshot {entry.id} ({entry.name}) is not aligned to a cluster", at, entry.l1_off)
+                self.corruption("the L1 table of {} is not aligned to a cluster", entry, at, entry.l1_off)
             elif entry.l1_entries * 8 > L1_NBYTES_MAX:
-                self.corruption(f"the L1 table of snapshot {entry.id} ({entry.name}) is too large", at, entry.l1_entries)
+                self.corruption("the L1 table of {} is too large", entry, at, entry.l1_entries)
             else:
                 self.check_place(f"snapshot {entry.id} ({entry.name})'s L1", entry.l1_off, entry.l1_entries * 8)
                 tables.append((entry.l1_off, entry.l1_entries))
             at += entry.nbytes if i == len(snapshots) - 1 else entry.nbytes + 7 & ~7
-        self.checker.use(_check.OTHER, header.snapshots_off, at - header.snapshots_off)
+        self.checker.use(_check.OTHER, header.snapshots_off, at - header.snapshots_off, 1)
         return tables
 
     def check_place(self, name: str, off: int, nbytes: int) -> None:

@@ -17,11 +17,12 @@ _METHODS = {"zlib": _inflate.DEFLATE, "zstd": _inflate.ZSTD}
 
 
 class Engines(NamedTuple):
-    """The compression libraries that this build uses, by version; libdeflate is None where it is not built in."""
+    """The compression libraries that this build uses, by version; None: not built in. isal is ISA-L."""
 
     libdeflate: str | None
     libz: str
     libzstd: str
+    isal: str | None
 
     @property
     def deflate(self) -> Literal["libdeflate", "libz"]:
@@ -31,8 +32,14 @@ class Engines(NamedTuple):
 
 def build_info() -> Engines:
     """The engines in use."""
+    try:
+        from fastqcow import _isal
+    except ModuleNotFoundError:
+        isal = None
+    else:
+        isal = _isal.version()
     versions = _inflate.versions()
-    return Engines(versions["libdeflate"], versions["libz"] or "", versions["libzstd"] or "")
+    return Engines(versions["libdeflate"], versions["libz"] or "", versions["libzstd"] or "", isal)
 
 
 def _method(method: str, engine: str | None) -> int:

@@ -19,15 +19,17 @@ from fastqcow.cpus import available_cpus
 from fastqcow.diskfile import DiskFile
 from fastqcow.image import VmState
 from fastqcow.image import open as open_image
+from fastqcow.verification import check_before, make_digest, verify_qcow2, verify_raw
 
 if TYPE_CHECKING:
     from fastqcow._reader import Reader
-    from fastqcow._types import BinaryFile, Path
+    from fastqcow._types import BinaryFile, Digest, Path
     from fastqcow.creation import Qcow2Options, RawStream
 
 __all__ = ["Conversion", "convert", "refuse_source"]
 
 SPARSE_SIZE = 4096
+_SPARSE_SIZE_MAX = 16 << 20  # of qcow2 images; as for QEMU
 Preallocation: TypeAlias = Literal["off", "falloc", "full"]
 
 
@@ -40,6 +42,7 @@ class Conversion(NamedTuple):
     bytes_written: int
     clusters_inflated: int
     seconds: float
+    checksum: str | None = None  # in hexadecimal, if it was asked for
 
 
 def convert(
@@ -53,6 +56,9 @@ def convert(
     copy_offload: bool = False,
     in_place: bool = False,
     threads: int | None = None,
+    check: bool = False,
+    verify: bool = False,
+    checksum: str | None = None,
     progress: Callable[[int, int], object] | None = None,
     **options: Unpack[Qcow2Options],
 ) -> Conversion:
@@ -67,31 +73,44 @@ def convert(
         options: of a qcow2 image, see `fastqcow.Qcow2Options`. The same disk and options make the same file, byte for byte, on any
             number of threads.
         sparse_size: runs of zeroes of so many bytes (a multiple of 512) become holes; 0 allocates the whole target. In a qcow2
-            image it is clusters of zeroes that are left out, whatever the number, and with 0 none is.
+            image it is clusters of zeroes that are left out, and with 0 none is. If it is more than a cluster, and nothing is
+            compressed, only those are that lie in a block of zeroes: so many bytes (rounded down to a power of two; at most 16 MiB)
+            from a multiple of them on.
         preallocation: of the target's space, as for QEMU: "off"; "falloc" reserves all of it; "full" also writes all of it.
         copy_offload: plain clusters are copied by the kernel where it can (at no cost, where the file system shares blocks between
             files), and not searched for zeroes.
         in_place: write into the existing target, which must be large enough, and leave its length as it is.
         threads: as for `fastqcow.open`; for an open image its own number counts.
+        check: first check the tables and refcounts of the image and its backing files, as `fastqcow.check`; refuse corrupt ones.
+        verify: have the target stored, read it back and compare it with the image, before it takes its name. What was written in
+            place (a block device) stays as it is where that fails.
+        checksum: a digest that `hashlib` knows, "sha256" for example, of the disk's bytes: taken while they are written.
         progress: called some 20 times a second and at the end with (bytes done, bytes in all); of a stream, how many there are in
-            all is known at the end only, and is 0 until then.
+            all is known at the end only, and is 0 until then. To verify counts as much again.
 
     Raises:
         FormatError, OSError and so on: as `fastqcow.open`, `Image.pread` and writing to a file do. The target then is what it was,
-            unless it was being written in place.
+            unless it was being written in place. FormatError also for `check`.
+        VerifyError: what was read back for `verify` is something else. So is the target then.
         ValueError: an argument that makes no sense.
+
+    Warns:
+        CheckWarning: for `check`, that space is lost.
     """
     if format not in ("raw", "qcow2"):
         raise ValueError(f"the output format is {format!r}; it can be 'raw' or 'qcow2'")
     if sparse_size < 0 or sparse_size % 512:
         raise ValueError(f"sparse_size is {sparse_size}; it is a multiple of 512 bytes, or 0")
+    digest = make_digest(checksum)
+    if not isinstance(src, DiskFile) and hasattr(src, "fd") and (check or verify):
+        raise ValueError("a stream can neither be checked nor read again to verify it")
     if preallocation not in ("off", "falloc", "full"):
         raise ValueError(f"preallocation is {preallocation!r}; it can be 'off', 'falloc' or 'full'")
     if format == "qcow2":
         for name, given in (("preallocation", preallocation != "off"), ("copy_offload", copy_offload), ("in_place", in_place)):
             if given:
                 raise ValueError(f"{name} is for raw targets; a qcow2 image is always written anew, and grows as it is written")
-        return _to_qcow2(src, dst, options, compress, sparse_size == 0, threads, progress)
+        return _to_qcow2(src, dst, options, compress, sparse_size, threads, progress, check, verify, digest)
     if compress or options:
         name = "compress" if compress else next(iter(options))
         raise ValueError(f"{name} is for qcow2 targets; with format='qcow2' there is one")
@@ -106,6 +125,8 @@ def convert(
     with contextlib.ExitStack() as stack:
         image = _opened(src, threads, stack)
         reader = image._open_reader()
+        if check:
+            check_before(image)
         if os.path.exists(target):
             refuse_source(reader, target)
         inflated_before = reader.stats()["clusters_inflated"]
@@ -118,14 +139,24 @@ def convert(
                     sparse_size = sparse_size if reads_zero else 0
         reads_zero = reads_zero and preallocation != "full"
 
+        again = image.size if verify else 0
+
         def report(done: int) -> None:
             if progress is not None:
-                progress(done, image.size)
+                progress(done, image.size + again)
 
-        written = reader.export(fd, target, sparse_size, reads_zero, copy_offload, report if progress is not None else None)
+        polled = report if progress is not None else None
+        written = reader.export(fd, target, sparse_size, reads_zero, copy_offload, polled, digest)
         report(image.size)
+        if verify:
+            is_new = not _keep(target, in_place)
+            verify_raw(image, fd, target, is_new=is_new, progress=lambda done, size: report(size + done))
         inflated = reader.stats()["clusters_inflated"] - inflated_before
-        return Conversion(image.name, os.fsdecode(dst), image.size, written, inflated, time.perf_counter() - started)
+        return Conversion(image.name, os.fsdecode(dst), image.size, written, inflated, time.perf_counter() - started, _hex(digest))
+
+
+def _hex(digest: Digest | None) -> str | None:
+    return digest.hexdigest() if digest else None
 
 
 def _opened(src: Path | BinaryFile | DiskFile, threads: int | None, stack: contextlib.ExitStack) -> DiskFile:
@@ -140,20 +171,25 @@ def _to_qcow2(
     dst: Path,
     options: Qcow2Options,
     compress: bool,
-    dense: bool,
+    sparse_size: int,
     threads: int | None,
     progress: Callable[[int, int], object] | None,
+    check: bool,
+    verify: bool,
+    digest: Digest | None,
 ) -> Conversion:
     """The header is written last: what lies under a device's name until then is no image."""
     from fastqcow import _write
     from fastqcow.creation import RawStream, check_header, header_of, make_plan, open_backing_of
 
+    if sparse_size > _SPARSE_SIZE_MAX:
+        raise ValueError(f"sparse_size is {sparse_size}; for a qcow2 image it can be up to {_SPARSE_SIZE_MAX}")
     plan = make_plan(options, compress=compress)
     check_header(plan)
     started = time.perf_counter()
     target = os.path.realpath(os.fsdecode(dst))
     with contextlib.ExitStack() as stack:
-        reader = backing = None
+        reader = backing = image = None
         if isinstance(src, RawStream):
             name, size, stream = src.name, 0, src.fd
         else:
@@ -161,6 +197,8 @@ def _to_qcow2(
             reader, name, size, stream = image._open_reader(), image.name, image.size, -1
             if size > plan.size_max:
                 raise ValueError(f"the disk has {size} bytes; with these clusters an image can have {plan.size_max}")
+            if check:
+                check_before(image)
         threads = reader.threads if reader else threads or available_cpus()
         if plan.backing_file is not None:
             backing = stack.enter_context(open_backing_of(os.fsdecode(dst), plan, threads))._open_reader()
@@ -172,27 +210,34 @@ def _to_qcow2(
         if not is_new:
             _put(fd, bytes(512), target)
 
+        again = size if verify else 0
+
         def report(done: int) -> None:
             if progress is not None:
-                progress(done, size)
+                progress(done, size + again)
 
         written = _write.write(
-            *(reader, stream, name, backing, fd, target, report if progress is not None else None),
+            *(reader, stream, name, backing, fd, target, report if progress is not None else None, digest),
             version=plan.version,
             cluster_bits=plan.cluster_bits,
             extended_l2=plan.extended_l2,
             refcount_order=plan.refcount_order,
-            encoding=plan.encoding,
+            encoder=plan.encoder,
             level=plan.level,
-            dense=dense,
+            grain=1 << sparse_size.bit_length() - 1 if sparse_size else 0,
             threads=threads,
             tables_nbytes=0,
         )
         _put(fd, header_of(plan, written), target)
         size = size or written["size"]
         report(size)
+        if verify and image:
+            below = plan.backing_file and os.path.join(os.path.dirname(os.fsdecode(dst)), plan.backing_file)
+            verify_qcow2(image, fd, target, backing=below, progress=lambda done, size: report(size + done))
         inflated = reader.stats()["clusters_inflated"] - inflated_before if reader else 0
-        return Conversion(name, os.fsdecode(dst), size, written["data_nbytes"], inflated, time.perf_counter() - started)
+        return Conversion(
+            name, os.fsdecode(dst), size, written["data_nbytes"], inflated, time.perf_counter() - started, _hex(digest)
+        )
 
 
 def _put(fd: int, data: bytes, target: str) -> None:

@@ -9,12 +9,13 @@ import os
 import struct
 from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict
 
-from fastqcow import _write, header
+from fastqcow import _reader, header
 from fastqcow.image import open as open_image
 from fastqcow.image import open_raw
 from fastqcow.source import scheme_of
 
 if TYPE_CHECKING:
+    from fastqcow._write import Written
     from fastqcow.diskfile import DiskFile
 
 __all__ = ["Plan", "Qcow2Options", "RawStream", "check_header", "header_of", "make_plan", "open_backing_of"]
@@ -67,7 +68,7 @@ class Plan(NamedTuple):
     extended_l2: bool
     refcount_order: int
     compression_type: str
-    encoding: int
+    encoder: object
     level: int
     backing_file: str | None
     backing_format: str | None
@@ -127,30 +128,34 @@ def make_plan(options: Qcow2Options, *, compress: bool) -> Plan:
         raise ValueError("backing_file and backing_format go together: a format is never guessed")
     if backing_format not in (None, "qcow2", "raw"):
         raise ValueError(f"backing_format is {backing_format!r}; it can be 'qcow2' or 'raw'")
-    encoding, level = _encoding(method, options.get("compression_level"))
+    encoder, level = _encoder(method, options.get("compression_level"))
     return Plan(
         version=_COMPAT[compat],
         cluster_bits=cluster_size.bit_length() - 1,
         extended_l2=extended_l2,
         refcount_order=refcount_bits.bit_length() - 1,
         compression_type=method,
-        encoding=encoding if compress else _write.NONE,
+        encoder=encoder if compress else None,
         level=level if compress else 0,
         backing_file=backing_file,
         backing_format=backing_format,
     )
 
 
-def _encoding(method: str, level: int | Literal["fast"] | None) -> tuple[int, int]:
+def _encoder(method: str, level: int | Literal["fast"] | None) -> tuple[object, int]:
     usual, levels = _LEVELS[method]
     if level == "fast" and method == "zlib":
-        if _write.isal_version() is None:
-            raise ValueError("compression_level is 'fast', which for zlib needs ISA-L, and this build of fastqcow is without it")
-        return _write.ISAL, _ISAL_LEVEL
+        try:
+            from fastqcow import _isal
+        except ModuleNotFoundError:
+            raise ValueError(
+                "compression_level is 'fast', which for zlib needs ISA-L, and this build of fastqcow is without it"
+            ) from None
+        return _isal.ENCODER, _ISAL_LEVEL
     level = usual if level is None else 1 if level == "fast" else level
     if level not in levels:
         raise ValueError(f"compression_level is {level}; for {method} it can be {levels[0]} to {levels[-1]}, or 'fast'")
-    return _write.ZSTD if method == "zstd" else _write.LIBZ, level
+    return _reader.ZSTD if method == "zstd" else _reader.LIBZ, level
 
 
 def open_backing_of(target: str, plan: Plan, threads: int) -> DiskFile:
@@ -169,7 +174,7 @@ def open_backing_of(target: str, plan: Plan, threads: int) -> DiskFile:
     )
 
 
-def header_of(plan: Plan, written: _write.Written) -> bytes:
+def header_of(plan: Plan, written: Written) -> bytes:
     """The header with its extensions and the backing file's name, as it stands at the start of the file."""
     zstd = plan.compression_type == "zstd"
     incompatible = (header.COMPRESSION_TYPE if zstd else 0) | (header.EXTENDED_L2 if plan.extended_l2 else 0)

@@ -15,7 +15,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from fastqcow._reader import Crypt
-from fastqcow.errors import PasswordError, UnsupportedError
+from fastqcow.errors import FormatError, PasswordError, UnsupportedError
 from fastqcow.header import AES
 
 if TYPE_CHECKING:
@@ -80,8 +80,9 @@ class Scheme(NamedTuple):
         )
 
 
-def open_crypt(image: Source, header: Header, password: Password) -> Crypt:
-    """What decrypts the data clusters of an encrypted image.
+def open_crypt(image: Source, header: Header, password: Password, hashings: int) -> tuple[Crypt, int]:
+    """What decrypts the data clusters of an encrypted image; and how often passwords of the chain are hashed so far, if all slots
+    are tried: before this file it is `hashings`.
 
     Raises:
         PasswordError: the password is missing or wrong. (Of the legacy AES encryption nothing tells that it is wrong.)
@@ -95,11 +96,14 @@ def open_crypt(image: Source, header: Header, password: Password) -> Crypt:
         raise PasswordError("the image is encrypted; its password is needed (password=, --password-file)", path=image.path)
     secret = _bytes_of(password)
     if header.crypt_method == AES:
-        return Scheme("aes", "cbc", "plain64", None).crypt(secret[:16].ljust(16, b"\0"), by_guest_off=True)
-    from fastqcow.luks import LuksHeader
+        return Scheme("aes", "cbc", "plain64", None).crypt(secret[:16].ljust(16, b"\0"), by_guest_off=True), hashings
+    from fastqcow.luks import CHAIN_HASHINGS_MAX, LuksHeader
 
     luks = LuksHeader.read(image.pread, header, image.path)
-    return luks.scheme.crypt(luks.unlock(image.pread, secret), by_guest_off=False)
+    hashings += luks.hashings
+    if hashings > CHAIN_HASHINGS_MAX:
+        raise FormatError(f"the passwords of the chain are to be hashed more than {CHAIN_HASHINGS_MAX} times", path=image.path)
+    return luks.scheme.crypt(luks.unlock(image.pread, secret), by_guest_off=False), hashings
 
 
 def _bytes_of(password: str | bytes) -> bytes:

@@ -15,6 +15,8 @@ from fastqcow.snapshots import SnapshotEntry, read_table
 from fastqcow.source import open_source
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastqcow._reader import Source
     from fastqcow._types import BinaryFile, Path
     from fastqcow.crypt import Password
@@ -45,13 +47,15 @@ def info(source: Path | BinaryFile, *, backing: Rule = None, data_file: Rule = N
     return found
 
 
-def chain_info(source: Path | BinaryFile, rule: Rule = None) -> list[dict[str, Any]]:
-    """As `info`, of the image and its backing files in turn, which are opened by a rule as `fastqcow.open` has it.
+def chain_info(source: Path | BinaryFile, rule: Rule = None) -> Iterator[dict[str, Any]]:
+    """As `info`, of the image and its backing files in turn, which are opened by a rule as `fastqcow.open` has it. One at a time:
+    each may have 65,536 snapshots.
 
     Raises:
         FormatError, UnsupportedError, PolicyError, OSError: of any of the files.
     """
-    return [_qcow2_info(opened, header) if header else _raw_info(opened) for opened, header in walk(source, rule)]
+    for opened, header in walk(source, rule):
+        yield _qcow2_info(opened, header) if header else _raw_info(opened)
 
 
 def snapshots_info(source: Path | BinaryFile) -> list[dict[str, Any]]:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import os
 
-__all__ = ["CorruptWarning", "Error", "FormatError", "PasswordError", "PolicyError", "UnsupportedError"]
+__all__ = [
+    "CheckWarning",
+    "CorruptWarning",
+    "Error",
+    "FormatError",
+    "PasswordError",
+    "PolicyError",
+    "UnsupportedError",
+    "VerifyError",
+]
 
 
 class Error(Exception):
@@ -54,6 +63,14 @@ class PasswordError(Error):
     """The image is encrypted, and the password is missing or wrong."""
 
 
+class VerifyError(Error):
+    """What a conversion wrote was read back, and is something else. `path` is the target, whose name it never got."""
+
+
+class CheckWarning(UserWarning):
+    """A check before a conversion found space that is lost, or that is in use for different things at once."""
+
+
 class CorruptWarning(UserWarning):
     """The image is marked as corrupt. It is read as far as its tables make sense."""
 
@@ -74,9 +91,18 @@ def place_text(guest_off: int | None, host_off: int | None, value: int | None) -
     return f" ({where})" if where else ""
 
 
+class _Printable(dict[int, str]):
+    """What stands for a character: each is looked at once, in however long a text."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        self[code] = character if character.isprintable() else ascii(character)[1:-1]
+        return self[code]
+
+
 def printable(text: str) -> str:
     """The text in one line that does nothing to a terminal: names in it come from the image."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    return text if text.isprintable() else text.translate(_Printable())
 
 
 def _restore(cls: type[Error], reason: str, state: dict[str, object]) -> Error:

@@ -331,7 +331,9 @@ class _Parser:
             found.data_file_name = c_string(data)
         elif magic == EXT_FEATURE_NAMES:
             rows = (data[i : i + 48] for i in range(0, len(data) - 47, 48))
-            found.features = [Feature(r[0], r[1], c_string(r[2:])) for r in rows]
+            # There is a bit for 192 rows: a table can have many times more, and say nothing by them.
+            named = {(r[0], r[1]): r for r in rows if r[0] <= 2 and r[1] < 64}
+            found.features = [Feature(r[0], r[1], c_string(r[2:])) for r in named.values()]
         elif magic == EXT_BITMAPS:
             if len(data) != 24:
                 raise self.bad("the bitmaps extension has not 24 bytes", off, len(data))

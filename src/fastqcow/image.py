@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fastqcow import _reader
 from fastqcow.bitmaps import BitmapEntry, Range, dirty_ranges, read_directory
-from fastqcow.chain import Layer, Options, is_encrypted, make_options, open_chain, open_view, reopened
+from fastqcow.chain import Layer, Options, is_encrypted, layers, make_options, open_chain, open_view, reopened
 from fastqcow.describe import layer_info, read_luks
 from fastqcow.diskfile import DiskFile, Extent
 from fastqcow.errors import FormatError
@@ -120,6 +120,12 @@ class Image(DiskFile):
             if entry.name == name:
                 return dirty_ranges(source.pread, entry, self._header, source.path)
         raise KeyError(f"{self.name}: no bitmap has the name {name!r}")
+
+    def _qcow2_sources(self) -> list[_reader.Source]:
+        """The qcow2 files that it is read from."""
+        self._open_reader()
+        assert self._chain is not None
+        return [layer.reader.source for layer in layers(self._chain) if layer.header]
 
     def stats(self) -> _reader.Stats:
         """Counts since the image was opened, over all layers.
@@ -276,5 +282,5 @@ def open_raw(source: Path | BinaryFile, *, whole_sectors: bool = False, threads:
     """
     opened = open_source(source)
     size = opened.size + 511 & ~511 if whole_sectors else opened.size
-    reader = _reader.Reader.raw(opened, size, **make_options(threads=threads).sizes(largest_cluster=0))
+    reader = _reader.Reader.raw(opened, size, **make_options(threads=threads).sizes(largest_cluster=0, layers=1))
     return DiskFile(reader, Origin(open_raw, lasting(source), {"whole_sectors": whole_sectors, "threads": threads}))

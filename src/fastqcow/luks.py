@@ -11,6 +11,7 @@ import hashlib
 import hmac
 import itertools
 import struct
+import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from fastqcow.header import Header
 __all__ = ["KeySlot", "LuksHeader"]
 
 HASHINGS_MAX = 1 << 27  # of all slots together: a minute; what QEMU takes two seconds a slot for is a tenth of that
+CHAIN_HASHINGS_MAX = 1 << 29  # of all files of a chain together
+HASHINGS_AT_ONCE = 1 << 17  # so many, some 50 ms, nobody wants to interrupt
 STRIPES = 4000
 SECTOR = 512
 HEADER_SECTORS = 8
@@ -47,7 +50,11 @@ class KeySlot(NamedTuple):
 
 
 class LuksHeader(NamedTuple):
-    """All of the header. host_off: of the header itself in the file; payload_off: bytes after which the header ends."""
+    """All of the header.
+
+    host_off: of the header itself in the file; payload_off: bytes after which the header ends; hashings: what it takes to try a
+    password on all slots.
+    """
 
     path: str
     host_off: int
@@ -60,6 +67,7 @@ class LuksHeader(NamedTuple):
     key_iterations: int
     uuid: str
     slots: tuple[KeySlot, ...]
+    hashings: int
 
     @property
     def cipher_name(self) -> str:
@@ -102,7 +110,17 @@ class LuksHeader(NamedTuple):
         return self._merge(crypt.decrypt(split, 0))
 
     def _derive(self, secret: bytes, salt: bytes, iterations: int, nbytes: int) -> bytes:
-        return hashlib.pbkdf2_hmac(self.hash, secret, salt, iterations, nbytes)
+        """By a thread that nobody has to wait for, if it takes its time: Ctrl-C comes through."""
+        if iterations < HASHINGS_AT_ONCE:
+            return hashlib.pbkdf2_hmac(self.hash, secret, salt, iterations, nbytes)
+        found: list[bytes] = []
+        thread = threading.Thread(
+            target=lambda: found.append(hashlib.pbkdf2_hmac(self.hash, secret, salt, iterations, nbytes)), daemon=True
+        )
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)  # without a limit a signal that the other thread gets would not wake this one
+        return found[0]
 
     def _merge(self, split: bytes) -> bytes:
         """The stripes of a key put together again: exclusive or, and after each but the last a hash of every piece (AF-merge)."""
@@ -151,7 +169,7 @@ class _Parser:
         digest_nbytes = self.digest_nbytes("hash", _text(hash_name))
         slots = tuple(self.slot(i, payload, key_nbytes) for i in range(_SLOTS))
         self.check_overlaps(slots, key_nbytes)
-        self.check_iterations(iterations, slots, -(-key_nbytes // digest_nbytes), -(-len(digest) // digest_nbytes))
+        hashings = self.count_hashings(iterations, slots, -(-key_nbytes // digest_nbytes), -(-len(digest) // digest_nbytes))
         return LuksHeader(
             path=self.path,
             host_off=self.host_off,
@@ -164,6 +182,7 @@ class _Parser:
             key_iterations=iterations,
             uuid=_text(uuid),
             slots=slots,
+            hashings=hashings,
         )
 
     def scheme(self, cipher: str, specification: str, key_nbytes: int) -> Scheme:
@@ -202,7 +221,7 @@ class _Parser:
                 raise self.bad(f"the key in slot {i} does not fill its sectors", stripes)
         return slot
 
-    def check_iterations(self, iterations: int, slots: tuple[KeySlot, ...], key_blocks: int, digest_blocks: int) -> None:
+    def count_hashings(self, iterations: int, slots: tuple[KeySlot, ...], key_blocks: int, digest_blocks: int) -> int:
         """What it takes to try a password on all slots. A derivation hashes for each block of its result anew."""
         active = [slot for slot in slots if slot.active]
         if iterations == 0 or any(slot.iterations == 0 for slot in active):
@@ -210,6 +229,7 @@ class _Parser:
         hashings = sum(slot.iterations * key_blocks + iterations * digest_blocks for slot in active)
         if hashings > HASHINGS_MAX:
             raise self.bad(f"a password is to be hashed more than {HASHINGS_MAX} times", hashings)
+        return hashings
 
     def digest_nbytes(self, what: str, name: str) -> int:
         """Of a hash that QEMU knows, and that Python's OpenSSL lets us use."""

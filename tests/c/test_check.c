@@ -91,13 +91,13 @@ static fq_status run(file *f, const fq_geometry *g, unsigned order, uint32_t tab
     CHECK(source);
     status = fq_check_open(source, &options, NULL, &c, &error);
     if (status == FQ_OK)
-        status = fq_check_use(c, FQ_ROLE_HEADER, 0, cluster_size, &error);
+        status = fq_check_use(c, FQ_ROLE_HEADER, 0, cluster_size, 1, &error);
     if (status == FQ_OK)
-        status = fq_check_use(c, FQ_ROLE_OTHER, pick(f->nbytes), pick(f->nbytes), &error);
+        status = fq_check_use(c, FQ_ROLE_OTHER, pick(f->nbytes), pick(f->nbytes), 1, &error);
     if (status == FQ_OK)
-        status = fq_check_use(c, FQ_ROLE_OTHER, UINT64_MAX - pick(9), UINT64_MAX - pick(9), &error);
+        status = fq_check_use(c, FQ_ROLE_OTHER, UINT64_MAX - pick(9), UINT64_MAX - pick(9), 1, &error);
     for (uint64_t off = 0; off < 3 * cluster_size && status == FQ_OK; off += 512) /* a sum of 2^64 is 0 */
-        status = fq_check_use(c, FQ_ROLE_OTHER, off, UINT64_C(0) - off, &error);
+        status = fq_check_use(c, FQ_ROLE_OTHER, off, UINT64_C(0) - off, 1, &error);
     if (status == FQ_OK)
         status = fq_check_bitmap(c, pick(f->nbytes) & ~UINT64_C(7), pick(99), 3, NULL, &error);
     if (status == FQ_ERR_BITMAP_ENTRY)

@@ -231,7 +231,7 @@ typedef struct setting {
     const image *m;
     int fd, out;
     unsigned threads;
-    fq_encoding encoding;
+    const fq_encoder *encoder;
     unsigned cluster_bits;
     size_t tables_nbytes;
     fq_error error;
@@ -377,10 +377,11 @@ static fq_write_options options_of(const setting *s)
     return (fq_write_options){.fd = s->out,
                               .geometry = {.version = 3,
                                            .cluster_bits = s->cluster_bits,
-                                           .codec = s->encoding == FQ_ENCODING_ZSTD ? FQ_CODEC_ZSTD : FQ_CODEC_DEFLATE},
+                                           .codec = s->encoder == &fq_encoder_zstd ? FQ_CODEC_ZSTD : FQ_CODEC_DEFLATE},
                               .refcount_order = 4,
-                              .encoding = s->encoding,
-                              .level = s->encoding == FQ_ENCODING_NONE ? 0 : 1,
+                              .encoder = s->encoder,
+                              .grain = 4096,
+                              .level = 1,
                               .threads = s->threads,
                               .tables_nbytes = s->tables_nbytes};
 }
@@ -489,7 +490,7 @@ static fq_status op_check(setting *s)
     fq_status status = source ? fq_check_open(source, &options, NULL, &check, &s->error) : FQ_ERR_NOMEM;
 
     if (status == FQ_OK)
-        status = fq_check_use(check, FQ_ROLE_L1, 0, 8, &s->error);
+        status = fq_check_use(check, FQ_ROLE_L1, 0, 8, 1, &s->error);
     if (status == FQ_OK)
         status = fq_check_l1(check, &range, NULL, &s->error);
     if (status == FQ_OK)
@@ -581,10 +582,12 @@ static void test_operations(void)
 {
     static fq_status (*const reads[])(setting *s) = {op_descriptor, op_chain, op_callback, op_remote, op_check};
     static fq_status (*const writes[])(setting *s) = {op_export_sparse, op_export_all, op_write, op_write_over, op_write_stream};
-    static const setting ways[] = {{.encoding = FQ_ENCODING_LIBZ, .cluster_bits = 16},
-                                   {.encoding = FQ_ENCODING_ZSTD, .cluster_bits = 12, .tables_nbytes = 1},
-                                   {.encoding = FQ_ENCODING_NONE, .cluster_bits = 9, .tables_nbytes = 1},
-                                   {.encoding = FQ_ENCODING_ISAL, .cluster_bits = 16}};
+    static const setting ways[] = {{.encoder = &fq_encoder_libz, .cluster_bits = 16},
+                                   {.encoder = &fq_encoder_zstd, .cluster_bits = 12, .tables_nbytes = 1},
+#ifdef FQ_HAVE_ISAL
+                                   {.encoder = &fq_encoder_isal, .cluster_bits = 16},
+#endif
+                                   {.encoder = NULL, .cluster_bits = 9, .tables_nbytes = 1}};
 
     for (unsigned threads = 1; threads <= 3; threads += 2)
         for (int codec = 0; codec < FQ_CODEC_COUNT; codec++) {
@@ -593,7 +596,7 @@ static void test_operations(void)
 
             m.size = SIZE;
             for (fault f = 0; f < FAULTS; f++) {
-                setting s = {.m = &m, .fd = fd, .out = out, .threads = threads, .encoding = FQ_ENCODING_NONE, .cluster_bits = 16};
+                setting s = {.m = &m, .fd = fd, .out = out, .threads = threads, .cluster_bits = 16};
 
                 if (f == NO_THREAD) /* they are there by now */
                     continue;
@@ -601,9 +604,7 @@ static void test_operations(void)
                      i < sizeof(reads) / sizeof(*reads) && f < (codec == FQ_CODEC_DEFLATE_LIBZ ? NO_THREAD : WRITE_EIO); i++)
                     strike_everywhere(reads[i], &s, f);
                 for (size_t k = 0; k < sizeof(ways) / sizeof(*ways) && codec == FQ_CODEC_ZSTD; k++) {
-                    if (ways[k].encoding == FQ_ENCODING_ISAL && !fq_version_isal())
-                        continue;
-                    s.encoding = ways[k].encoding;
+                    s.encoder = ways[k].encoder;
                     s.cluster_bits = ways[k].cluster_bits;
                     s.tables_nbytes = ways[k].tables_nbytes;
                     for (size_t i = k == 0 ? 0 : 2; i < sizeof(writes) / sizeof(*writes); i++)
@@ -626,7 +627,7 @@ static void test_threads_that_do_not_start(void)
     m.size = SIZE;
     for (int n = 1; n <= 2; n++)
         for (size_t i = 0; i < sizeof(ops) / sizeof(*ops); i++) {
-            setting s = {.m = &m, .fd = fd, .out = out, .threads = 4, .encoding = FQ_ENCODING_LIBZ, .cluster_bits = 16};
+            setting s = {.m = &m, .fd = fd, .out = out, .threads = 4, .encoder = &fq_encoder_libz, .cluster_bits = 16};
 
             kind = NO_THREAD;
             atomic_store(&calls, 0);
@@ -706,7 +707,7 @@ static void test_rogues(unsigned threads)
 static void test_stream_that_is_none(void)
 {
     const setting s = {
-        .out = temporary_file((const uint8_t *)"x", 1), .threads = 2, .encoding = FQ_ENCODING_LIBZ, .cluster_bits = 16};
+        .out = temporary_file((const uint8_t *)"x", 1), .threads = 2, .encoder = &fq_encoder_libz, .cluster_bits = 16};
     const fq_write_options o = options_of(&s);
     const int folder = open("/", O_RDONLY);
     struct rlimit before, none = {0};

@@ -296,6 +296,7 @@ int main(void)
     test_threads();
     test_read_ahead(16 * CLUSTER);
     test_read_ahead(3 * CLUSTER);
+    test_read_ahead(96 * CLUSTER); /* so much that blocks are made ready, too */
     test_cancel();
     test_cancelled_map();
     test_fork();

@@ -48,7 +48,8 @@ static void check_contents(const image *m, uint8_t *file, const fq_written *writ
     free(found);
 }
 
-static void test_geometry(fq_encoding encoding, int level, unsigned cluster_bits, uint32_t refcount_order, size_t tables_nbytes)
+static void test_geometry(const fq_encoder *encoder, int level, unsigned cluster_bits, uint32_t refcount_order,
+                          size_t tables_nbytes)
 {
     image m = make_image(FQ_CODEC_DEFLATE);
     const int fd = temporary_file(m.file, m.nbytes);
@@ -59,10 +60,11 @@ static void test_geometry(fq_encoding encoding, int level, unsigned cluster_bits
     for (unsigned threads = 1; threads <= 5; threads += 2) {
         const fq_write_options o = {.geometry = {.version = 3,
                                                  .cluster_bits = cluster_bits,
-                                                 .codec = encoding == FQ_ENCODING_ZSTD ? FQ_CODEC_ZSTD : FQ_CODEC_DEFLATE},
+                                                 .codec = encoder == &fq_encoder_zstd ? FQ_CODEC_ZSTD : FQ_CODEC_DEFLATE},
                                     .refcount_order = refcount_order,
-                                    .encoding = encoding,
+                                    .encoder = encoder,
                                     .level = level,
+                                    .grain = encoder ? 4096 : 1 << 15, /* blocks of several clusters */
                                     .threads = threads,
                                     .tables_nbytes = tables_nbytes};
         fq_reader *reader = open_image(&m, source, NULL, threads, 1 << 20);
@@ -89,13 +91,15 @@ int main(void)
     const size_t usual = 0, at_once = 1;
 
     for (uint32_t order = 0; order <= 6; order++)
-        test_geometry(FQ_ENCODING_LIBZ, 1, 9, order, order % 2 ? usual : at_once);
-    test_geometry(FQ_ENCODING_LIBZ, 6, 16, 4, usual);
-    test_geometry(FQ_ENCODING_ZSTD, 3, 12, 4, at_once);
-    test_geometry(FQ_ENCODING_ZSTD, 3, 21, 1, usual);
-    test_geometry(FQ_ENCODING_NONE, 0, 12, 3, at_once);
-    if (fq_version_isal())
-        test_geometry(FQ_ENCODING_ISAL, 1, 16, 4, usual);
+        test_geometry(&fq_encoder_libz, 1, 9, order, order % 2 ? usual : at_once);
+    test_geometry(&fq_encoder_libz, 6, 16, 4, usual);
+    test_geometry(&fq_encoder_zstd, 3, 12, 4, at_once);
+    test_geometry(&fq_encoder_zstd, 3, 21, 1, usual);
+    test_geometry(NULL, 0, 12, 3, at_once);
+#ifdef FQ_HAVE_ISAL
+    for (int level = 0; level <= 3; level++)
+        test_geometry(&fq_encoder_isal, level, 16, 4, usual);
+#endif
     printf("test_write: OK\n");
     return 0;
 }

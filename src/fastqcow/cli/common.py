@@ -25,6 +25,7 @@ __all__ = [
     "bar",
     "open_disk",
     "opening",
+    "print_json",
     "size_argument",
     "size_text",
     "snapshot_lines",
@@ -137,18 +138,29 @@ def size_argument(text: str) -> int:
     return nbytes
 
 
-def snapshot_lines(snapshots: list[dict[str, Any]]) -> list[str]:
+def print_json(value: Any, indent: str = "") -> None:
+    """Piece by piece: what an image's tables hold can be long, and all of it in one text several times as long.
+
+    indent: what each line but the first begins with.
+    """
+    import json
+
+    for piece in json.JSONEncoder(indent=4).iterencode(value):
+        sys.stdout.write(piece.replace("\n", "\n" + indent) if indent else piece)
+
+
+def snapshot_lines(snapshots: list[dict[str, Any]]) -> Iterator[str]:
     """The list of an image's snapshots, from the entries of its info, as qemu-img prints it."""
     import datetime
 
-    lines = ["Snapshot list:", f"{'ID':<10}{'TAG':<17}{'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"]
+    yield "Snapshot list:"
+    yield f"{'ID':<10}{'TAG':<17}{'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"
     for s in snapshots:
         date = datetime.datetime.fromtimestamp(s["date-sec"]).strftime("%Y-%m-%d %H:%M:%S")
         minutes, seconds = divmod(s["vm-clock-sec"], 60)
         clock = f"{minutes // 60:02}:{minutes % 60:02}:{seconds:02}.{s['vm-clock-nsec'] // 1_000_000:03}"
         size = size_text(s["vm-state-size"])
-        lines.append(printable(f"{s['id']:<9} {s['name']:<16} {size:>8}{date:>20}{clock:>13}{s.get('icount', ''):>11}"))
-    return lines
+        yield printable(f"{s['id']:<9} {s['name']:<16} {size:>8}{date:>20}{clock:>13}{s.get('icount', ''):>11}")
 
 
 def size_text(nbytes: int) -> str:

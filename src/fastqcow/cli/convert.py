@@ -25,6 +25,7 @@ from fastqcow.cli.common import (
     size_argument,
 )
 from fastqcow.conversion import SPARSE_SIZE, Preallocation, convert
+from fastqcow.errors import printable
 from fastqcow.image import open_raw
 
 if TYPE_CHECKING:
@@ -84,6 +85,13 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "-n", dest="in_place", action="store_true", help="write into an existing output, which must be large enough"
+    )
+    parser.add_argument("--check", action="store_true", help="check the image first, and do not convert it if it is corrupt")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the output back and compare it with the image; if it differs, it gets no name"
+    )
+    parser.add_argument(
+        "--checksum", action="store_true", help="print the SHA-256 of the disk's bytes, as 'fastqcow checksum' does"
     )
     parser.add_argument("-W", action="store_true", help="accepted for qemu-img's sake: writes are never in order")
     add_output(parser)
@@ -193,6 +201,9 @@ def run(arguments: argparse.Namespace) -> int:
             copy_offload=arguments.copy_offload,
             in_place=arguments.in_place,
             threads=arguments.threads,
+            check=arguments.check,
+            verify=arguments.verify,
+            checksum="sha256" if arguments.checksum else None,
             progress=report,
             **options,
         )
@@ -200,4 +211,6 @@ def run(arguments: argparse.Namespace) -> int:
         import json
 
         print(json.dumps({k.replace("_", "-"): v for k, v in done._asdict().items()}, indent=4))
+    elif done.checksum:
+        print(f"{done.checksum}  {printable(arguments.target)}")
     return 0

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import Any
 
-from fastqcow.cli.common import Commands, add_image, add_opening, add_output, opening, size_text, snapshot_lines
+from fastqcow.cli.common import Commands, add_image, add_opening, add_output, opening, print_json, size_text, snapshot_lines
 from fastqcow.describe import chain_info, info
 from fastqcow.errors import printable
 
@@ -30,44 +30,52 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     options = opening(arguments)
     chain = chain_info(arguments.image, options["backing"]) if arguments.backing_chain else [info(arguments.image, **options)]
-    if arguments.output == "json":
-        import json
-
-        print(json.dumps(chain if arguments.backing_chain else chain[0], indent=4))
-    else:
-        print("\n\n".join(human(found) for found in chain))
+    before = ""
+    if arguments.output == "human":
+        for found in chain:
+            print(before, end="")
+            for line in human(found):
+                print(printable(line))
+            before = "\n"
+        return 0
+    if not arguments.backing_chain:
+        print_json(next(iter(chain)))
+        print()
+        return 0
+    for found in chain:
+        print(before or "[", end="\n    ")
+        print_json(found, "    ")
+        before = ","
+    print("\n]")
     return 0
 
 
-def human(found: dict[str, Any]) -> str:
-    lines = [
-        f"image: {found['filename']}",
-        f"file format: {found['format']}",
-        f"virtual size: {size_text(found['virtual-size'])} ({found['virtual-size']} bytes)",
-        f"disk size: {size_text(found['actual-size'])}",
-    ]
+def human(found: dict[str, Any]) -> Iterator[str]:
+    yield f"image: {found['filename']}"
+    yield f"file format: {found['format']}"
+    yield f"virtual size: {size_text(found['virtual-size'])} ({found['virtual-size']} bytes)"
+    yield f"disk size: {size_text(found['actual-size'])}"
     if found.get("encrypted"):
-        lines.append("encrypted: yes")
+        yield "encrypted: yes"
     if "cluster-size" in found:
-        lines.append(f"cluster_size: {found['cluster-size']}")
+        yield f"cluster_size: {found['cluster-size']}"
     if found["dirty-flag"]:
-        lines.append("cleanly shut down: no")
+        yield "cleanly shut down: no"
     if "backing-filename" in found:
         full = found["full-backing-filename"]
         actual = f" (actual path: {full})" if full != found["backing-filename"] else ""
-        lines.append(f"backing file: {found['backing-filename']}{actual}")
+        yield f"backing file: {found['backing-filename']}{actual}"
     if "backing-filename-format" in found:
-        lines.append(f"backing file format: {found['backing-filename-format']}")
+        yield f"backing file format: {found['backing-filename-format']}"
     if "snapshots" in found:
-        lines += snapshot_lines(found["snapshots"])
+        yield from snapshot_lines(found["snapshots"])
     if "format-specific" in found:
-        lines.append("Format specific information:")
-        lines += value_lines(found["format-specific"]["data"], "    ")
+        yield "Format specific information:"
+        yield from value_lines(found["format-specific"]["data"], "    ")
     for each in found.get("unknown-extensions", ()):
-        lines.append(f"unknown header extension: {each['magic']} ({each['length']} bytes)")
+        yield f"unknown header extension: {each['magic']} ({each['length']} bytes)"
     if "unreadable" in found:
-        lines.append(f"cannot be read: {found['unreadable']}")
-    return "\n".join(printable(line) for line in lines)
+        yield f"cannot be read: {found['unreadable']}"
 
 
 def value_lines(values: dict[str, Any] | list[Any], indent: str) -> Iterator[str]:

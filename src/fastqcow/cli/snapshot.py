@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fastqcow.cli.common import Commands, add_image, add_output, snapshot_lines
+from fastqcow.cli.common import Commands, add_image, add_output, print_json, snapshot_lines
 from fastqcow.describe import snapshots_info
 
 __all__ = ["add", "run"]
@@ -26,9 +26,9 @@ def add(commands: Commands) -> None:
 def run(arguments: argparse.Namespace) -> int:
     found = snapshots_info(arguments.image)
     if arguments.output == "json":
-        import json
-
-        print(json.dumps(found, indent=4))
+        print_json(found)
+        print()
     elif found:
-        print("\n".join(snapshot_lines(found)))
+        for line in snapshot_lines(found):
+            print(line)
     return 0

@@ -1,0 +1,3 @@
+ENCODER: object
+
+def version() -> str: ...
