@@ -44,8 +44,11 @@ class Counter(io.TextIOBase):
     def fileno(self):
         return os.open(os.devnull, os.O_WRONLY)
 
+armed = False
+
 def interrupt(*_):
-    raise KeyboardInterrupt
+    if armed:
+        raise KeyboardInterrupt
 
 signal.signal(signal.SIGPROF, interrupt)
 commands, seconds = json.loads(sys.argv[1])
@@ -53,11 +56,13 @@ for command in commands:
     out, err = Counter(), io.StringIO()
     started = time.process_time()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        armed = True
         signal.setitimer(signal.ITIMER_PROF, seconds)
         try:
             code = main(command)
+            armed = False
         except KeyboardInterrupt:
-            code = 130
+            code, armed = 130, False
         signal.setitimer(signal.ITIMER_PROF, 0)
     took = time.process_time() - started
     with open("/proc/self/status") as status:
