@@ -82,8 +82,8 @@ def crypt(answer: Callable[[bytes], Any]) -> _reader.Crypt:
 
 def write(of: Any, fd: int) -> None:
     _write.write(
-        of, -1, "", None, fd, "target", None, version=3, cluster_bits=16, extended_l2=False, refcount_order=4, encoding=_write.NONE,
-        level=0, dense=False, threads=1, tables_nbytes=0,
+        of, -1, "", None, fd, "target", None, None, version=3, cluster_bits=16, extended_l2=False, refcount_order=4, encoder=None,
+        level=0, grain=4096, threads=1, tables_nbytes=0,
     )  # fmt: skip
 
 
