@@ -197,6 +197,49 @@ static void test_damage(fq_codec codec)
     free_image(&m);
 }
 
+/* Depends on the order of the bytes. */
+static int add_up(void *user, const uint8_t *bytes, uint64_t nbytes)
+{
+    uint64_t *sum = user;
+
+    for (uint64_t i = 0; i < nbytes; i++)
+        *sum = (*sum + (bytes ? bytes[i] : 0)) * UINT64_C(0x100000001b3) + 1;
+    return 0;
+}
+
+static int refuse(void *user, const uint8_t *bytes, uint64_t nbytes)
+{
+    (void)user, (void)bytes, (void)nbytes;
+    return -1;
+}
+
+static void test_digest(unsigned threads)
+{
+    image m = make_image(FQ_CODEC_DEFLATE);
+    const int fd = temporary_file(m.file, m.nbytes), out = temporary_file((const uint8_t *)"x", 1);
+    fq_source *source = fq_source_fd(fd, false);
+    fq_reader *reader = open_image(&m, source, NULL, threads, 1 << 20);
+    const fq_target target = {out, 4096, true, true};
+    uint64_t found = 0, expected = 0, written;
+    const fq_request request = {&found, NULL, add_up}, failing = {&found, NULL, refuse};
+    fq_error error;
+
+    CHECK(ftruncate(out, 0) == 0 && ftruncate(out, (off_t)m.size) == 0);
+    add_up(&expected, m.contents, m.size);
+    CHECK(fq_export(reader, 0, m.size, &target, &written, &request, &error) == FQ_OK);
+    CHECK(found == expected);
+    found = expected = 0;
+    add_up(&expected, m.contents + 1000, m.size - 5000);
+    CHECK(fq_export(reader, 1000, m.size - 5000, &target, &written, &request, &error) == FQ_OK);
+    CHECK(found == expected);
+    CHECK(fq_export(reader, 0, m.size, &target, &written, &failing, &error) == FQ_ERR_CANCELLED);
+    close(out);
+    fq_reader_close(reader);
+    fq_source_free(source);
+    close(fd);
+    free_image(&m);
+}
+
 static void test_export(uint64_t grain, bool reads_zero, bool offload, unsigned threads)
 {
     image m = make_image(FQ_CODEC_DEFLATE);
@@ -348,6 +391,8 @@ int main(void)
     test_without_memory();
     for (int i = 0; i < 16; i++)
         test_export(i & 1 ? 4096 : 0, i & 2, i & 8, i & 4 ? 3 : 1);
+    test_digest(1);
+    test_digest(4);
     test_export_that_fails();
     puts("core: all tests passed");
     return 0;

@@ -221,8 +221,8 @@ def read_by_us(path: Path, rng: random.Random) -> tuple[Parts | None, int]:
 
 def read_parts(image: fastqcow.Image, rng: random.Random) -> Parts:
     """The whole in one read, and part by part: the same, or an error here and in some part."""
-    size = min(image.size, READ_NBYTES_MAX)
-    parts = [(off, min(PART, size - off)) for off in range(0, size, PART)]
+    size, step = min(image.size, READ_NBYTES_MAX), max(PART, image.header.cluster_size // 2)
+    parts = [(off, min(step, size - off)) for off in range(0, size, step)]
     whole = attempt(lambda: image.pread(size, 0))
     if image.size > size:
         parts.append((image.size - PART, PART))
