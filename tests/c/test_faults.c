@@ -622,7 +622,7 @@ static void test_threads_that_do_not_start(void)
 {
     image m = make_image(FQ_CODEC_DEFLATE);
     const int fd = temporary_file(m.file, m.nbytes), out = temporary_file(m.file, 1);
-    fq_status (*const ops[])(setting *s) = {op_export_sparse, op_write, op_write_over, op_callback};
+    fq_status (*const ops[])(setting *s) = {op_export_sparse, op_export_all, op_write, op_write_over};
 
     m.size = SIZE;
     for (int n = 1; n <= 2; n++)
