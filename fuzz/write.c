@@ -161,7 +161,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t nbytes)
         .refcount_order = is_v2 ? 4 : more % 7,
         .encoder = encoder,
         .level = level,
-        .grain = flags & 4 ? 0 : UINT64_C(512) << (more >> 3) % 16,
+        .grain = flags & 4 ? 0 : UINT64_C(512) << (more & 15),
         .tables_nbytes = flags & 8 ? 1 : 0};
     file f = {base.bytes, 0};
     fq_source *source = NULL;
