@@ -82,8 +82,8 @@ def crypt(answer: Callable[[bytes], Any]) -> _reader.Crypt:
 
 def write(of: Any, fd: int) -> None:
     _write.write(
-        of, -1, "", None, fd, "target", None, version=3, cluster_bits=16, extended_l2=False, refcount_order=4, encoding=_write.NONE,
-        level=0, dense=False, threads=1, tables_nbytes=0,
+        of, -1, "", None, fd, "target", None, None, version=3, cluster_bits=16, extended_l2=False, refcount_order=4, encoder=None,
+        level=0, grain=4096, threads=1, tables_nbytes=0,
     )  # fmt: skip
 
 
@@ -156,8 +156,8 @@ ROWS: dict[str, tuple[Callable[[], object], type[Exception]]] = {
     "a map without memory": (made_once(lambda r: without_memory(lambda: r.extents(0, 9, 10))(), raw), MemoryError),
     "a map of a damaged disk": (made_once(lambda r: r.extents(0, 3 * CLUSTER, 10), reader), fastqcow.FormatError),
     "a map of what is not there": (made_once(lambda r: r.extents(0, 1 << 40, 10), reader), ValueError),
-    "an export to a full device": (made_once(lambda r: r.export(FULL, "full", 0, True, False, None), raw), OSError),
-    "an export to nowhere": (made_once(lambda r: r.export(-1, "none", 0, True, False, None), raw), OSError),
+    "an export to a full device": (made_once(lambda r: r.export(FULL, "full", 0, True, False, None, None), raw), OSError),
+    "an export to nowhere": (made_once(lambda r: r.export(-1, "none", 0, True, False, None, None), raw), OSError),
     "a written image on a full device": (made_once(lambda r: write(r, FULL), raw), OSError),
     "a written image of a damaged one": (made_once(lambda r: write(r, FULL), reader), fastqcow.FormatError),
     "a cipher that raises": (made_once(lambda c: c.decrypt(bytes(512), 0), lambda: crypt(fail)), ConnectionError),
@@ -174,7 +174,7 @@ ROWS: dict[str, tuple[Callable[[], object], type[Exception]]] = {
     "a Checker that is made twice": (made_once(lambda c: c.__init__(source(), None, version=3, cluster_bits=16, extended_l2=False,
         external_data=False, refcount_order=4, refcount_table_off=0, refcount_table_entries=0), checker), ValueError),
     "a refcount table that cannot be read": (lambda: checker(Odd(fail)), ConnectionError),
-    "a report that raises": (made_once(lambda c: c.use(_check.DATA, 1 << 40, 9), lambda: checker(report=fail)), ConnectionError),
+    "a report that raises": (made_once(lambda c: c.use(_check.DATA, 1 << 40, 9, 1), lambda: checker(report=fail)), ConnectionError),
     "an L1 table to be checked that cannot be read": (
         made_once(lambda c: c.l1(2 * CLUSTER, 1, 0, 1, 0), lambda: checker(Odd(fail, 2 * CLUSTER), entries=0)), ConnectionError
     ),
