@@ -31,7 +31,7 @@ PIECES = (1, 512, 4096, 4096, 4096, 65_536, 100_000, 1 << 20, 3 << 20)
 STUCK = 240
 RSS_MAX = 1200 << 20  # a third of it is what the disks are to hold; a conversion may take 100 MiB
 CONVERSIONS = threading.Semaphore(3)
-GROWTH_MAX = 64 << 20
+GROWTH_MAX = 160 << 20  # the arenas of so many threads fill slowly
 
 
 class Remote(io.BytesIO):

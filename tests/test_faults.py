@@ -209,6 +209,7 @@ def test_no_memory_is_left_to_be_had(path: Path, tmp_path: Path) -> None:
 import os, resource, sys
 import fastqcow
 expected = fastqcow.open({str(path)!r}).read()
+fastqcow.convert({str(path)!r}, {str(tmp_path / "out")!r}, format="qcow2", compress=True)  # imports what it needs
 refused = 0
 for room in range(0, 40 << 20, 1 << 19):
     pages = int(open("/proc/self/statm").read().split()[0])
@@ -231,7 +232,7 @@ print(refused)
 
 def test_no_allocation_of_python_succeeds(tmp_path: Path) -> None:
     pytest.importorskip("_testcapi")
-    assert int(faults.run("memory.py", tmp_path, folder=tmp_path, preload=False)) > 500
+    assert int(faults.run("memory.py", tmp_path, folder=tmp_path, preload=False)) > 300
 
 
 # Calls that fail
