@@ -82,11 +82,11 @@ def main(folder: Path) -> None:
     faults = [(call, error, "out") for call, error in OF_TARGET] + [(call, error, "disk.qcow2") for call, error in OF_SOURCE]
     for options in WAYS.values():
         for call, error, where in faults:
-            for threads in (1, 3):
+            for threads in (1, 3) if where == "out" else (3,):
                 nth = 1
                 while strike(folder, call, error, nth, where, threads, options):
                     count += 1
-                    nth += 1 if nth < 20 else nth // 5
+                    nth += 1 if nth < 10 else nth // 3
     print(count)
 
 
