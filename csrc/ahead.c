@@ -8,8 +8,9 @@
  *
  * Who reads here and there mostly comes back near by: files lie close together, and are read in pieces. So where a read has to
  * inflate a cluster, the next few behind it are inflated too, if that is worth it: each cluster inflated ahead takes credit, and
- * each one that is then read gives twice that. Credit is earned before there is any, by clusters that reads inflate themselves where an
- * earlier one would have had them inflated. So reads far from one another cost nothing more, and others little that is of no use.
+ * each one that is then read gives twice that. Credit is earned before there is any, by clusters that reads inflate themselves
+ * where an earlier one would have had them inflated. So reads far from one another cost nothing more, and others little that is of
+ * no use.
  *
  * Workers claim one cluster at a time. A reader that comes to a cluster which is being inflated does not wait idly either, but
  * claims the next one (fq_ahead_help): so reader and workers together reach the speed of all threads.

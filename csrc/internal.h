@@ -256,7 +256,7 @@ struct fq_job {
     const fq_request *request;
     const fq_dest *dest; /* where the bytes go; NULL: to write() */
     fq_status (*write)(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, fq_error *error); /* NULL: zeroes */
-    fq_digest *digest; /* of what is written; or NULL */
+    fq_digest *digest;                                /* of what is written; or NULL */
     bool (*copy)(fq_job *job, const fq_batch *batch); /* tried on plain data, before it is fetched: whether it is done; or NULL */
     void *arg;                                        /* for write() and copy() */
     bool zeroes_are_free;                             /* write() does nothing for zeroes: they need not be cut up */

@@ -173,9 +173,10 @@ static uint64_t batch_nbytes_of(const fq_job *job)
 
 /*
  * Plan the next batch. Called by one thread at a time. Compressed clusters are not cut, and count as a whole, as even a part of one
- * has all of it inflated; all other runs are cut where the batch is full. A batch to be written goes one way; one of zeroes is longer. A run that cannot be planned ends the batch before it; the
- * next claim meets it first, and fails. (But a source that fails is not asked again.) A run is looked up once, in however many
- * batches it ends: some file systems look for the next hole page by page.
+ * has all of it inflated; all other runs are cut where the batch is full. A batch to be written goes one way; one of zeroes is
+ * longer. A run that cannot be planned ends the batch before it; the next claim meets it first, and fails. (But a source that fails
+ * is not asked again.) A run is looked up once, in however many batches it ends: some file systems look for the next hole page by
+ * page.
  */
 static fq_status plan(fq_job *job, fq_batch *b, fq_error *error)
 {
@@ -383,8 +384,8 @@ fq_status fq_job_run_by(fq_job *job, unsigned threads, void (*fn)(void *job, boo
 
 /*
  * Is there work for more than one thread? Two compressed clusters are, what is plain or inflated already is from a certain size on,
- * zeroes are not. Looks at a few runs only, through tables that the read itself needs next. What is wrong with the image is met again there, and reported
- * there; a source that fails is not asked again.
+ * zeroes are not. Looks at a few runs only, through tables that the read itself needs next. What is wrong with the image is met
+ * again there, and reported there; a source that fails is not asked again.
  */
 static fq_status worth_threads(fq_reader *r, uint64_t guest_off, uint64_t nbytes, const fq_request *request, bool *worth,
                                fq_error *error)

@@ -80,15 +80,15 @@ static int strikes(void)
 #define STRIKES_OURS(call) (is_armed(call) && is_ours(__builtin_return_address(0)) && strikes())
 #define NEXT(type, symbol, ...) ((type(*)(__VA_ARGS__))dlsym(RTLD_NEXT, symbol))
 
-#define READ_OR_WRITE(symbol, call, buffer)                                                             \
-    ssize_t symbol(int fd, buffer buf, size_t nbytes, off64_t off)                                      \
-    {                                                                                                   \
-        if (STRIKES_FD(call, fd)) {                                                                     \
-            if (error)                                                                                  \
-                return -1;                                                                              \
-            nbytes = (nbytes + 1) / 2;                                                                  \
-        }                                                                                               \
-        return NEXT(ssize_t, #symbol, int, buffer, size_t, off64_t)(fd, buf, nbytes, off);              \
+#define READ_OR_WRITE(symbol, call, buffer)                                                \
+    ssize_t symbol(int fd, buffer buf, size_t nbytes, off64_t off)                         \
+    {                                                                                      \
+        if (STRIKES_FD(call, fd)) {                                                        \
+            if (error)                                                                     \
+                return -1;                                                                 \
+            nbytes = (nbytes + 1) / 2;                                                     \
+        }                                                                                  \
+        return NEXT(ssize_t, #symbol, int, buffer, size_t, off64_t)(fd, buf, nbytes, off); \
     }
 READ_OR_WRITE(pread64, "pread", void *)
 READ_OR_WRITE(pread, "pread", void *)
@@ -119,7 +119,8 @@ ssize_t copy_file_range(int from, off64_t *from_off, int to, off64_t *to_off, si
 {
     if (STRIKES_FD("copy_file_range", to))
         return -1;
-    return NEXT(ssize_t, "copy_file_range", int, off64_t *, int, off64_t *, size_t, unsigned)(from, from_off, to, to_off, nbytes, flags);
+    return NEXT(ssize_t, "copy_file_range", int, off64_t *, int, off64_t *, size_t, unsigned)(from, from_off, to, to_off, nbytes,
+                                                                                              flags);
 }
 
 int rename(const char *from, const char *to)
