@@ -225,6 +225,7 @@ def write_chain(folder: Path, depth: int, *, snapshots_in_each: bool = False, ex
         found = extension(FEATURE_NAMES, b"\xff" * 48 * 20_000) + extension(UNKNOWN, bytes(1 << 20)) if extended_header else b""
         image = build(entries, b"" if backing else text(CLUSTER), cluster_bits=bits, backing=backing, extensions=found)
         if snapshots_in_each:
-            image = patched(image, 60, struct.pack(">IQ", SNAPSHOTS_MAX, AT)).ljust(AT + 40 * SNAPSHOTS_MAX, b"\0")
+            at = AT if backing else AT + CLUSTER  # behind the data
+            image = patched(image.ljust(at, b"\0"), 60, struct.pack(">IQ", SNAPSHOTS_MAX, at)).ljust(at + 40 * SNAPSHOTS_MAX, b"\0")
         write_sparse(folder / f"{i}.qcow2", image)
     return folder / "0.qcow2"

@@ -190,6 +190,25 @@ def test_progress_that_raises_stops_it(tmp_path: Path, out: Path) -> None:
     assert leftovers(out) == []
 
 
+@pytest.mark.parametrize("what", ["open", "fchmod"])
+def test_a_signal_between_a_files_making_and_its_use(path: Path, out: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    out.write_bytes(b"old")
+    call = getattr(os, what)
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        made = call(*arguments, **options)
+        if what == "fchmod" or str(arguments[0]).endswith(".part"):
+            raise KeyboardInterrupt
+        return made  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(os, what, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fastqcow.convert(path, out)
+    monkeypatch.undo()
+    assert [file.name for file in out.parent.iterdir() if file.name.endswith(".part")] == []
+    assert out.read_bytes() == b"old"
+
+
 def test_existing_target_is_replaced_and_keeps_its_mode(path: Path, out: Path) -> None:
     out.write_bytes(bytes(99))
     out.chmod(0o640)

@@ -305,9 +305,10 @@ def _replaced(target: str) -> Iterator[tuple[int, bool]]:
         mode: int | None = stat.S_IMODE(os.stat(target).st_mode)
     except FileNotFoundError:
         mode = None
-    with _naming(target):
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
+    fd = -1
     try:
+        with _naming(target):
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
         try:
             if mode is not None:
                 os.fchmod(fd, mode)
@@ -317,9 +318,10 @@ def _replaced(target: str) -> Iterator[tuple[int, bool]]:
                 os.close(fd)  # some file systems say only now that there was no room
         with _naming(target):
             os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
+    except BaseException as e:
+        if fd >= 0 or not isinstance(e, OSError):  # a signal can come between the file's making and anything else
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
         raise
 
 
