@@ -160,12 +160,19 @@ class Connection:
 
     def close(self) -> None:
         own = _python.PyThreadState_Get()
+        if own in self.states:  # nbdkit reads by this thread where it has one
+            _python.PyGILState_Release(_GILSTATE_LOCKED)
+            self.states.remove(own)
+        if self.states:
+            # To destroy another thread's state makes newer Pythons forget that of the thread that does so: one is made for it.
+            destroying = threading.Thread(target=self._destroy)
+            destroying.start()
+            destroying.join()
+
+    def _destroy(self) -> None:
         for state in self.states:
-            if state == own:  # nbdkit reads by it where it has one thread
-                _python.PyGILState_Release(_GILSTATE_LOCKED)
-            else:
-                _python.PyThreadState_Clear(state)
-                _python.PyThreadState_Delete(state)
+            _python.PyThreadState_Clear(state)
+            _python.PyThreadState_Delete(state)
 
 
 _GILSTATE_LOCKED = 0
