@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 
 import fastqcow
@@ -31,17 +32,22 @@ def read_into(path: Path) -> None:
     image.close()
 
 
+class Wrapped:
+    """Made here, as Python 3.13 crashes where it has no memory to make a function."""
+
+    def __init__(self, file: FileIO) -> None:
+        self.file = file
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def read(self, nbytes: int) -> bytes:
+        return self.file.read(nbytes)
+
+
 def read_a_file(path: Path) -> None:
     with path.open("rb", buffering=0) as file:
-
-        class Wrapped:
-            def seek(self, offset: int, whence: int = 0) -> int:
-                return file.seek(offset, whence)
-
-            def read(self, nbytes: int) -> bytes:
-                return file.read(nbytes)
-
-        image = fastqcow.open(Wrapped(), threads=2)
+        image = fastqcow.open(Wrapped(file), threads=2)
         assert image.pread(70_000, 100) == CONTENTS[100:70_100]
         image.close()
 
