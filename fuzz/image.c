@@ -159,6 +159,25 @@ static void check_same_error(const fq_error *a, const fq_error *b)
     CHECK(a->value == b->value && a->depth == b->depth && a->in_data_file == b->in_data_file);
 }
 
+/* What a digest is given: the bytes of the disk, in their order. expected: NULL where they cannot all be read. */
+typedef struct digested {
+    const uint8_t *expected;
+    size_t nbytes, at;
+    bool wrong;
+} digested;
+
+static int digest(void *user, const uint8_t *bytes, uint64_t nbytes)
+{
+    digested *d = user;
+
+    if (nbytes > d->nbytes - d->at)
+        d->wrong = true;
+    for (size_t i = 0; d->expected && !d->wrong && i < nbytes; i++)
+        d->wrong = d->expected[d->at + i] != (bytes ? bytes[i] : 0);
+    d->at += d->wrong ? 0 : (size_t)nbytes;
+    return 0;
+}
+
 /* at: NULL where nothing is wrong. */
 static void check_export(const image *m, fq_reader *r, uint64_t off, const uint8_t *expected, size_t nbytes, const fq_error *at)
 {
@@ -167,6 +186,8 @@ static void check_export(const image *m, fq_reader *r, uint64_t off, const uint8
     const bool reads_zero = m->plan >> 16 & 1;
     const fq_target target = {emptied(&fd), (m->plan >> 17 & 3) == 0 ? 0 : UINT64_C(256) << (m->plan >> 17 & 3) * 2, reads_zero,
                               m->plan >> 19 & 1};
+    digested seen = {at ? NULL : expected, nbytes, 0, false};
+    const fq_request request = {&seen, NULL, m->plan >> 27 & 1 ? digest : NULL};
     uint64_t written;
     fq_error error;
     fq_status status;
@@ -176,8 +197,9 @@ static void check_export(const image *m, fq_reader *r, uint64_t off, const uint8
         memset(found, 0xaa, nbytes);
         CHECK(pwrite(fd, found, nbytes, (off_t)off) == (ssize_t)nbytes);
     }
-    status = fq_export(r, off, nbytes, &target, &written, NULL, &error);
-    CHECK((status == FQ_OK) == !at);
+    status = fq_export(r, off, nbytes, &target, &written, &request, &error);
+    CHECK((status == FQ_OK) == !at && (at || !request.digest || seen.at == nbytes));
+    CHECK(!seen.wrong);
     if (at) {
         check_same_error(at, &error);
         return;

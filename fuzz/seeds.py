@@ -127,7 +127,7 @@ def of_large_clusters() -> Iterator[bytes]:
         plain = (few * (1 + (1 << bits) // len(few)))[: 1 << bits]
         streams = [deflate(plain), deflate(bytes(1 << bits)), zstandard.compress(plain)]
         packed = [compressed_entry(at, len(streams[0]), bits), compressed_entry(at + len(streams[0]), len(streams[1]), bits)]
-        for plan in (0, 0x39, 0x0043_007B, 0x0033_8078, 0x0021_6079, 0x00F1_64B9):
+        for plan in (0, 0x39, 0x0043_007B, 0x0033_8078, 0x0021_6079, 0x00F1_64B9, 0x08F1_64B9):
             yield in_pieces(build(extended, few, cluster_bits=bits, extended=True), plan)
             yield in_pieces(build(packed * 8 + [0, ZERO, *packed], b"".join(streams[:2]) + bytes(512), cluster_bits=bits), plan)
             entry = compressed_entry(at, len(streams[2]), bits)
