@@ -94,7 +94,8 @@ def extensions() -> list[Extension]:
     built_in = {"libdeflate": "FQ_HAVE_LIBDEFLATE", "libisal": "FQ_HAVE_ISAL"}
     macros: list[tuple[str, str | None]] = [(macro, "1") for name, macro in built_in.items() if name in names]
     writing = ["digest", "encode", "export", "space", "write"]
-    reading = ["ahead", "batch", "cache", "crypt", "inflate", "l2", "pool", "pwrite", "reader", "scratch", "source", "status"]
+    reading = ["ahead", "batch", "cache", "crypt", "inflate", "l2", "reader", "remote"]
+    shared = ["pool", "pwrite", "scratch", "source", "status"]
 
     def extension(name: str, core: list[str], libraries: list[str] = link) -> Extension:
         return Extension(
@@ -120,7 +121,7 @@ def extensions() -> list[Extension]:
         extension("_l2", ["layout", "status"]),
         extension("_inflate", ["inflate", "scratch", "status"]),
         extension("_check", ["check", "refcounts", "source", "status"]),
-        extension("_reader", [*reading, *writing]),
+        extension("_reader", [*reading, *writing, *shared]),
         extension("_write", []),  # what it calls is in _reader: the threads and caches of a process are there once
     ]
     if "libisal" in names:

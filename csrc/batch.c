@@ -8,25 +8,22 @@
  * clusters do if the request is a small one: who reads such pieces comes back to many of them. In a large one they are looked for
  * in the cache but not put there: it would cost a copy, and push out what is asked for again.
  *
- * Where a file is remote, all that the batch needs of it is first fetched by one call, and then read from there.
+ * Where a file is remote, all that the batch needs of it is first fetched by one call (remote.c), and then read from there.
  *
  * A compressed cluster that runs past the end of the file is inflated from the bytes that are there. QEMU adds zeroes to them, and
  * so takes a stream that was cut for one that happens to go on with zeroes; here it is an error.
  *
  * What a file can make us allocate here: scratch buffers of some twice the batch, as a descriptor can claim two cluster sizes of
- * input; of remote files twice that, and the gaps between a batch's ranges.
+ * input.
  */
 #include "internal.h"
 #include "layout.h"
 
 #include <string.h>
 
-#define NOT_YET SIZE_MAX
-
 enum {
     MERGE_GAP = 4 << 10, /* reading over a gap of so much is cheaper than a second read */
     MERGE_NBYTES = 1 << 20,
-    REMOTE_GAP = 64 << 10,   /* as MERGE_GAP, of remote files; not less, or a group of clusters could lie in two ranges */
     BOUNCE_BELOW = 32 << 10, /* plain data for smaller buffers is read together, then scattered */
     BOUNCE_NBYTES = 256 << 10,
     POLL_NBYTES = 128 << 10, /* of compressed data: some 30 ms where a stream is as slow as one can be made */
@@ -45,16 +42,6 @@ static fq_status fail_at(fq_error *error, fq_status status, const fq_run *run, u
 static fq_status fail_in_run(fq_error *error, fq_status status, const fq_run *run, uint64_t host_off, uint64_t value)
 {
     return fail_at(error, status, run, run->guest_off, host_off, value);
-}
-
-static bool is_whole(const fq_run *run)
-{
-    return run->kind == FQ_COMPRESSED && run->skip == 0 && run->nbytes == fq_cluster_size(&run->layer->geometry);
-}
-
-static bool is_to_be_fetched(const fq_batch *b, size_t i)
-{
-    return is_whole(&b->runs[i]) && !b->hit[i] && !b->late[i];
 }
 
 /* ---- destinations */
@@ -98,110 +85,6 @@ static void scatter(const fq_dest *dest, uint64_t guest_off, const uint8_t *from
     }
 }
 
-/* ---- remote files */
-
-/* As fq_source_read; from what was fetched before, if it is all there. */
-static fq_status read_source(const fq_batch *b, const fq_scratch *scratch, fq_source *source, const fq_request *request,
-                             uint8_t *to, size_t nbytes, uint64_t host_off, size_t *got, fq_error *error)
-{
-    for (size_t i = 0; b && i < b->fetched_count; i++) {
-        const fq_fetched *f = &b->fetched[i];
-        const uint64_t rel = host_off - f->host_off;
-
-        if (f->source != source || host_off < f->host_off || rel > f->nbytes || nbytes > f->nbytes - rel)
-            continue;
-        *got = rel >= f->got ? 0 : f->got - rel < nbytes ? f->got - (size_t)rel : nbytes;
-        memcpy(to, scratch->remote + f->at + rel, *got);
-        return FQ_OK;
-    }
-    return fq_source_read(source, request, to, nbytes, host_off, got, error);
-}
-
-/* What the batch needs of remote files. Each way of reading has ranges of its own, as each puts runs together in its own order. */
-typedef enum remote_need { WHOLE_CLUSTERS, PARTS_OF_CLUSTERS, PLAIN_DATA, REMOTE_NEEDS } remote_need;
-
-/* The range of the file that a run needs; false if it needs none, or is of another kind. */
-static bool needs_range(const fq_batch *b, size_t i, remote_need need, fq_fetched *range)
-{
-    const fq_run *run = &b->runs[i];
-    fq_reader *layer = run->layer;
-
-    if (run->kind == FQ_DATA && need == PLAIN_DATA) {
-        const uint64_t sector = layer->crypt.run ? FQ_SECTOR_NBYTES : 1, before = run->host_off % sector;
-        const uint64_t nbytes = (before + run->nbytes + sector - 1) / sector * sector;
-
-        *range = (fq_fetched){layer->data, run->host_off - before, (size_t)nbytes, 0, NOT_YET};
-    } else if (run->kind == FQ_COMPRESSED && need == (is_whole(run) ? WHOLE_CLUSTERS : PARTS_OF_CLUSTERS)) {
-        if (is_whole(run) ? !is_to_be_fetched(b, i) : fq_cache_look(layer->clusters, layer->owner, run->entry) != FQ_ABSENT)
-            return false;
-        *range = (fq_fetched){layer->source, run->host_off, run->in_nbytes, 0, NOT_YET};
-    } else {
-        return false;
-    }
-    return fq_source_is_remote(range->source);
-}
-
-static void list_ranges(fq_batch *b)
-{
-    for (remote_need need = 0; need < REMOTE_NEEDS; need++) {
-        fq_fetched *last = NULL, range;
-
-        for (size_t i = 0; i < b->count; i++) {
-            if (!needs_range(b, i, need, &range))
-                continue;
-            if (last && last->source == range.source && range.host_off >= last->host_off &&
-                range.host_off - last->host_off <= last->nbytes + REMOTE_GAP) {
-                const size_t end = (size_t)(range.host_off - last->host_off) + range.nbytes;
-
-                if (end > last->nbytes)
-                    last->nbytes = end;
-                continue;
-            }
-            last = &b->fetched[b->fetched_count++];
-            *last = range;
-        }
-    }
-}
-
-/* One call for each of the files: there is mostly one. */
-static fq_status fetch_remote(fq_job *job, fq_batch *b, fq_scratch *scratch, fq_error *error)
-{
-    fq_range ranges[FQ_BATCH_RUNS_REMOTE];
-    size_t total = 0;
-
-    list_ranges(b);
-    for (size_t i = 0; i < b->fetched_count; i++) {
-        b->fetched[i].at = total;
-        total += b->fetched[i].nbytes;
-    }
-    if (!fq_scratch_grow(&scratch->remote, &scratch->remote_capacity, total))
-        return fail_in_run(error, FQ_ERR_NOMEM, &b->runs[0], FQ_NOWHERE, FQ_NOWHERE);
-    for (size_t i = 0; i < b->fetched_count; i++) {
-        fq_source *source = b->fetched[i].source;
-        size_t count = 0;
-        fq_status status;
-
-        if (b->fetched[i].got != NOT_YET)
-            continue;
-        for (size_t k = i; k < b->fetched_count; k++) {
-            const fq_fetched *f = &b->fetched[k];
-
-            if (f->source == source)
-                ranges[count++] = (fq_range){f->host_off, f->nbytes, scratch->remote + f->at, 0};
-        }
-        status = fq_source_read_ranges(source, job->request, ranges, count, error);
-        if (status != FQ_OK) {
-            error->guest_off = b->guest_off;
-            return status;
-        }
-        count = 0;
-        for (size_t k = i; k < b->fetched_count; k++)
-            if (b->fetched[k].source == source)
-                b->fetched[k].got = ranges[count++].got;
-    }
-    return FQ_OK;
-}
-
 /* ---- plain data */
 
 /*
@@ -214,7 +97,7 @@ static fq_status read_data(fq_job *job, const fq_batch *b, const fq_run *run, fq
     fq_reader *layer = run->layer;
     const uint64_t host_off = run->host_off + (guest_off - run->guest_off);
     size_t got;
-    fq_status status = read_source(b, scratch, layer->data, job->request, to, nbytes, host_off, &got, error);
+    fq_status status = fq_remote_read(b, scratch, layer->data, job->request, to, nbytes, host_off, &got, error);
 
     if (status != FQ_OK) {
         error->guest_off = guest_off + got;
@@ -305,7 +188,7 @@ static fq_status fetch_group(fq_job *job, fq_batch *b, fq_scratch *scratch, size
     const fq_run *first = &b->runs[from];
     size_t got;
     fq_status status =
-        read_source(b, scratch, first->layer->source, job->request, scratch->in + at, nbytes, first->host_off, &got, error);
+        fq_remote_read(b, scratch, first->layer->source, job->request, scratch->in + at, nbytes, first->host_off, &got, error);
 
     if (status != FQ_OK) {
         error->guest_off = first->guest_off;
@@ -317,7 +200,7 @@ static fq_status fetch_group(fq_job *job, fq_batch *b, fq_scratch *scratch, size
         const fq_run *run = &b->runs[i];
         const size_t rel = (size_t)(run->host_off - first->host_off);
 
-        if (!is_to_be_fetched(b, i))
+        if (!fq_is_to_be_fetched(b, i))
             continue;
         if (rel >= got)
             return fail_in_run(error, FQ_ERR_COMPRESSED_EOF, run, run->host_off, fq_source_size(run->layer->source));
@@ -333,7 +216,7 @@ static void look_up_clusters(fq_batch *b)
     for (size_t i = 0; i < b->count; i++) {
         const fq_run *run = &b->runs[i];
 
-        if (!is_whole(run))
+        if (!fq_is_whole(run))
             continue;
         b->hit[i] = fq_cache_peek(run->layer->clusters, run->layer->owner, run->entry);
         if (!b->hit[i])
@@ -347,7 +230,7 @@ static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch,
     size_t capacity = 0, used = 0;
 
     for (size_t i = 0; i < b->count; i++)
-        if (is_to_be_fetched(b, i))
+        if (fq_is_to_be_fetched(b, i))
             capacity += b->runs[i].in_nbytes + MERGE_GAP;
     if (!fq_scratch_grow(&scratch->in, &scratch->in_capacity, capacity))
         return fail_in_run(error, FQ_ERR_NOMEM, &b->runs[0], FQ_NOWHERE, FQ_NOWHERE);
@@ -358,13 +241,13 @@ static fq_status fetch_compressed(fq_job *job, fq_batch *b, fq_scratch *scratch,
         fq_status status;
 
         next = i + 1;
-        if (!is_to_be_fetched(b, i))
+        if (!fq_is_to_be_fetched(b, i))
             continue;
         for (; next < b->count; next++) {
             const fq_run *more = &b->runs[next];
             const uint64_t more_end = more->host_off + more->in_nbytes;
 
-            if (!is_to_be_fetched(b, next))
+            if (!fq_is_to_be_fetched(b, next))
                 continue;
             if (more->layer != run->layer || more->host_off < run->host_off || more->host_off > end + MERGE_GAP ||
                 more_end - run->host_off > MERGE_NBYTES)
@@ -401,8 +284,8 @@ static fq_status fill_cluster(void *arg, uint8_t *data)
 
     if (!fq_scratch_grow(&f->scratch->in, &f->scratch->in_capacity, run->in_nbytes))
         return fail_in_run(f->error, FQ_ERR_NOMEM, run, FQ_NOWHERE, FQ_NOWHERE);
-    status = read_source(f->b, f->scratch, run->layer->source, f->request, f->scratch->in, run->in_nbytes, run->host_off, &got,
-                         f->error);
+    status = fq_remote_read(f->b, f->scratch, run->layer->source, f->request, f->scratch->in, run->in_nbytes, run->host_off, &got,
+                            f->error);
     if (status != FQ_OK) {
         f->error->guest_off = run->guest_off;
         f->error->depth = run->depth;
@@ -540,7 +423,7 @@ fq_status fq_batch_fetch(fq_job *job, fq_batch *b, fq_scratch *scratch, const fq
     b->fetched_count = 0;
     look_up_clusters(b);
     if (job->reader->remote)
-        status = fetch_remote(job, b, scratch, error);
+        status = fq_remote_fetch(job, b, scratch, error);
     if (status == FQ_OK)
         status = fetch_compressed(job, b, scratch, error);
     for (size_t i = 0; i < b->count && status == FQ_OK; i++)
@@ -595,7 +478,7 @@ fq_status fq_batch_inflate(fq_job *job, fq_batch *b, fq_scratch *scratch, const 
             const fq_run *run = &b->runs[i];
             fq_status status = FQ_OK;
 
-            if (run->kind == FQ_DATA || (run->kind == FQ_COMPRESSED && (!is_whole(run) || b->late[i])) != parts)
+            if (run->kind == FQ_DATA || (run->kind == FQ_COMPRESSED && (!fq_is_whole(run) || b->late[i])) != parts)
                 continue;
             if (run->kind != FQ_COMPRESSED)
                 scatter(dest, run->guest_off, NULL, run->nbytes);

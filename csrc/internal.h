@@ -7,7 +7,7 @@
 #define _GNU_SOURCE /* before any system header: SEEK_DATA, fallocate, and POSIX under -std=c11 */
 #define _FILE_OFFSET_BITS 64
 
-#include "fastqcow.h"
+#include "layout.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
@@ -215,6 +215,18 @@ typedef struct fq_batch {
     fq_fetched fetched[FQ_BATCH_RUNS_REMOTE];
 } fq_batch;
 
+/* Is it a whole compressed cluster? */
+static inline bool fq_is_whole(const fq_run *run)
+{
+    return run->kind == FQ_COMPRESSED && run->skip == 0 && run->nbytes == fq_cluster_size(&run->layer->geometry);
+}
+
+/* A whole cluster that this batch has to inflate. */
+static inline bool fq_is_to_be_fetched(const fq_batch *b, size_t i)
+{
+    return fq_is_whole(&b->runs[i]) && !b->hit[i] && !b->late[i];
+}
+
 /* Buffers that take the guest bytes from guest_off on. */
 typedef struct fq_dest {
     const fq_iovec *iov;
@@ -237,6 +249,14 @@ void fq_digest_destroy(fq_digest *digest);
 /* Digest a stretch of the disk, NULL for zeroes, and zeroes before it; when all that lies before `from` was. */
 fq_status fq_digest_take(fq_job *job, fq_digest *digest, uint64_t from, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes,
                          bool is_caller, fq_error *error);
+
+/* ---- remote.c: what a batch needs of remote files */
+
+/* Fetch it, to scratch->remote. */
+fq_status fq_remote_fetch(fq_job *job, fq_batch *batch, fq_scratch *scratch, fq_error *error);
+/* As fq_source_read; from what was fetched before, if it is all there. batch: NULL where nothing was. */
+fq_status fq_remote_read(const fq_batch *batch, const fq_scratch *scratch, fq_source *source, const fq_request *request,
+                         uint8_t *to, size_t nbytes, uint64_t host_off, size_t *got, fq_error *error);
 
 /* ---- batch.c again */
 

@@ -28,7 +28,7 @@ from test_verdicts import DEFLATE, ZSTD
 
 import fastqcow
 from conftest import Qemu
-from damage import Geometry, damaged
+from damage import Damage, Geometry, damaged
 from fastqcow.checking import check
 from fastqcow.describe import info
 from luksmaker import relocked
@@ -38,6 +38,8 @@ PART = 65536
 READ_NBYTES_MAX = 8 << 20
 OTHER_PARTS = 6
 SECONDS_MAX = 10.0
+# What docs/formats.md gives a reason for where it occurs, and where -s tells of each.
+LOOKED_INTO = ("parts read by fastqcow alone", "parts read by the one, parts by the other", "QEMU crashed, or did not end")
 
 Made = Callable[[Qemu, Path], Path]
 Parts = dict[tuple[int, int], bytes | None]  # by offset and length
@@ -155,14 +157,19 @@ def test_damaged_images(
         with damaged(path, sound[path], damages):
             try:
                 asked = [damage.guest_off for damage in damages if damage.guest_off is not None]
-                outcomes[compare(daemon, top, options, rng, before or {}, asked)] += 1
+                outcome = compare(daemon, top, options, rng, before or {}, asked)
+                outcomes[outcome] += 1
+                if outcome in LOOKED_INTO:
+                    print(f"\n{outcome}: {image_name}: {path.name} damaged by {told(damages)}")
             except BaseException:
-                print(
-                    f"{image_name}: {path.name} damaged by {[(hex(d.off), d.replacement and d.replacement.hex()) for d in damages]}"
-                )
+                print(f"\n{image_name}: {path.name} damaged by {told(damages)}")
                 shutil.copy(path, tmp_path / f"damaged-{path.name}")
                 raise
     assert all(path.read_bytes() == image for path, image in sound.items())
+
+
+def told(damages: list[Damage]) -> str:
+    return str([(hex(damage.off), damage.replacement and damage.replacement.hex()) for damage in damages])
 
 
 def compare(daemon: Daemon, path: Path, options: dict[str, Any], rng: random.Random, before: Parts, asked: list[int]) -> str:
