@@ -129,7 +129,7 @@ static void test_nonsense(unsigned cluster_bits, bool extended_l2, bool external
     const fq_geometry g = {3, cluster_bits, extended_l2, external_data, FQ_CODEC_DEFLATE};
     fq_status status;
 
-    f.bytes = malloc(f.nbytes); /* exactly, so that a sanitizer sees one byte too many */
+    f.bytes = calloc(f.nbytes, 1); /* exactly, so that a sanitizer sees one byte too many */
     CHECK(f.bytes);
     for (size_t i = 0; i + 8 <= f.nbytes; i += 8) {
         const uint64_t entry = some_entry(&f, cluster_bits);
