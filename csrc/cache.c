@@ -35,7 +35,8 @@ enum {
     BUCKET_NBYTES = 4 << 10, /* one bucket for so much of the budget: few blocks are smaller, and then chains are short */
     MAX_BUCKETS = 1 << 14,
     POPULATE_NBYTES_MIN = 64 << 10,
-    SPARE_PART = 32, /* of the budget can lie ready */
+    SPARE_PART = 32,            /* of the budget can lie ready, ... */
+    SPARE_NBYTES_MAX = 4 << 20, /* ... but no more: budgets may be far larger than what there is to cache */
 };
 
 typedef enum block_state { FILLING, READY, FAILED } block_state;
@@ -158,8 +159,11 @@ fq_cache *fq_cache_new(size_t budget_nbytes, size_t block_nbytes)
     c->shard_budget = budget_nbytes / c->shard_count;
     c->bucket_count = power_of_two_up_to(c->shard_budget / BUCKET_NBYTES, MAX_BUCKETS);
     c->block_nbytes = block_nbytes;
-    if (block_nbytes >= POPULATE_NBYTES_MIN)
-        c->spares_max = (unsigned)(budget_nbytes / SPARE_PART / block_nbytes);
+    if (block_nbytes >= POPULATE_NBYTES_MIN) {
+        const size_t part = budget_nbytes / SPARE_PART;
+
+        c->spares_max = (unsigned)((part < SPARE_NBYTES_MAX ? part : SPARE_NBYTES_MAX) / block_nbytes);
+    }
     pthread_mutex_init(&c->spare_lock, NULL);
     for (unsigned i = 0; i < c->shard_count; i++) {
         shard *s = &c->shards[i];

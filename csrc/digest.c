@@ -15,7 +15,7 @@ void fq_digest_init(fq_digest *d)
 {
     *d = (fq_digest){.next = 0};
     pthread_mutex_init(&d->lock, NULL);
-    pthread_cond_init(&d->turn, NULL);
+    fq_cond_init(&d->turn);
 }
 
 void fq_digest_destroy(fq_digest *d)
@@ -49,7 +49,7 @@ static bool digest_zeroes(fq_job *job, uint64_t nbytes, bool is_caller)
 
         if (is_caller)
             fq_job_poll(job);
-        if (atomic_load(&job->cancelled) || job->request->digest(job->request->user, NULL, n) != 0)
+        if (atomic_load(&job->stop) || job->request->digest(job->request->user, NULL, n) != 0)
             return false;
         nbytes -= n;
     }

@@ -37,7 +37,7 @@ static fq_status write_at(export_to *to, const uint8_t *p, size_t nbytes, uint64
 }
 
 /* Make a range of the target read as zeroes: as a hole where it can have one and should, else by writing them. */
-static fq_status write_zeroes(fq_job *job, export_to *to, uint64_t off, uint64_t nbytes, fq_error *error)
+static fq_status write_zeroes(fq_job *job, export_to *to, uint64_t off, uint64_t nbytes, bool is_caller, fq_error *error)
 {
     if (to->target->reads_zero)
         return FQ_OK;
@@ -56,13 +56,16 @@ static fq_status write_zeroes(fq_job *job, export_to *to, uint64_t off, uint64_t
             return status;
         off += n;
         nbytes -= n;
+        if (is_caller)
+            fq_job_poll(job);
     }
     return FQ_OK;
 }
 
 /* Write a buffer, leaving out the grains that are zero. Grains lie at multiples of their size; the ends of the range may cut one.
  */
-static fq_status write_sparse(fq_job *job, export_to *to, const uint8_t *p, uint64_t nbytes, uint64_t off, fq_error *error)
+static fq_status write_sparse(fq_job *job, export_to *to, const uint8_t *p, uint64_t nbytes, uint64_t off, bool is_caller,
+                              fq_error *error)
 {
     const uint64_t grain = to->target->grain;
     uint64_t at = 0, run = 0; /* [run, at) is of one kind */
@@ -78,7 +81,7 @@ static fq_status write_sparse(fq_job *job, export_to *to, const uint8_t *p, uint
             n = nbytes - at;
         zero = n > 0 && fq_is_zero(p + at, (size_t)n);
         if (at > run && (n == 0 || zero != run_is_zero)) {
-            const fq_status status = run_is_zero ? write_zeroes(job, to, off + run, at - run, error)
+            const fq_status status = run_is_zero ? write_zeroes(job, to, off + run, at - run, is_caller, error)
                                                  : write_at(to, p + run, (size_t)(at - run), off + run, error);
 
             if (status != FQ_OK)
@@ -91,10 +94,11 @@ static fq_status write_sparse(fq_job *job, export_to *to, const uint8_t *p, uint
     return FQ_OK;
 }
 
-static fq_status write_batch(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, fq_error *error)
+static fq_status write_batch(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, bool is_caller,
+                             fq_error *error)
 {
-    return bytes ? write_sparse(job, job->arg, bytes, nbytes, guest_off, error)
-                 : write_zeroes(job, job->arg, guest_off, nbytes, error);
+    return bytes ? write_sparse(job, job->arg, bytes, nbytes, guest_off, is_caller, error)
+                 : write_zeroes(job, job->arg, guest_off, nbytes, is_caller, error);
 }
 
 /* What stops it is met again where the bytes are read and written, and reported there. */

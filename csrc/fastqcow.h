@@ -70,6 +70,7 @@ typedef struct fq_error {
     int sys_errno;     /* of FQ_ERR_READ and FQ_ERR_WRITE */
     uint32_t depth;    /* layer of the chain: 0 is the image itself */
     bool in_data_file; /* host_off is a place in that layer's external data file */
+    bool in_backing;   /* of fq_write: the layer is one of the backing file's chain, not of the source's */
     uint64_t guest_off;
     uint64_t host_off;
     uint64_t value; /* the table entry, or the number, that was wrong */
@@ -321,7 +322,6 @@ typedef struct fq_written {
     uint64_t compressed, plain, zero; /* clusters */
     uint64_t l1_off, refcount_table_off;
     uint32_t l1_entries, refcount_table_clusters;
-    bool in_backing; /* what failed is to read the backing file */
 } fq_written;
 
 /*

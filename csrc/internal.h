@@ -78,7 +78,9 @@ typedef struct fq_pool_job {
 void fq_pool_start(fq_pool_job *job, unsigned helpers);
 /* No worker enters fn any more, and when this returns none is in it. */
 void fq_pool_stop(fq_pool_job *job);
-/* Wait on a condition for at most FQ_POLL_MS. */
+/* A condition to be waited on briefly: by a clock that nobody sets. */
+void fq_cond_init(pthread_cond_t *cond);
+/* Wait on it for at most FQ_POLL_MS. */
 void fq_wait_briefly(pthread_cond_t *cond, pthread_mutex_t *lock);
 
 enum { FQ_POLL_MS = 50 };
@@ -275,7 +277,8 @@ struct fq_job {
     fq_reader *reader;
     const fq_request *request;
     const fq_dest *dest; /* where the bytes go; NULL: to write() */
-    fq_status (*write)(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, fq_error *error); /* NULL: zeroes */
+    /* bytes: NULL for zeroes. is_caller: it is called by the thread that has to poll */
+    fq_status (*write)(fq_job *job, uint64_t guest_off, const uint8_t *bytes, uint64_t nbytes, bool is_caller, fq_error *error);
     fq_digest *digest;                                /* of what is written; or NULL */
     bool (*copy)(fq_job *job, const fq_batch *batch); /* tried on plain data, before it is fetched: whether it is done; or NULL */
     void *arg;                                        /* for write() and copy() */

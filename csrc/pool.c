@@ -120,17 +120,38 @@ static void start_workers(unsigned wanted)
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
+/* macOS has no such clock for conditions, but waits that are relative. */
+void fq_cond_init(pthread_cond_t *cond)
+{
+#ifdef __APPLE__
+    pthread_cond_init(cond, NULL);
+#else
+    pthread_condattr_t attr;
+
+    pthread_condattr_init(&attr);
+    pthread_condattr_setclock(&attr, CLOCK_MONOTONIC);
+    pthread_cond_init(cond, &attr);
+    pthread_condattr_destroy(&attr);
+#endif
+}
+
 void fq_wait_briefly(pthread_cond_t *cond, pthread_mutex_t *held)
 {
+#ifdef __APPLE__
+    const struct timespec span = {0, FQ_POLL_MS * 1000000};
+
+    pthread_cond_timedwait_relative_np(cond, held, &span);
+#else
     struct timespec until;
 
-    clock_gettime(CLOCK_REALTIME, &until);
+    clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_nsec += FQ_POLL_MS * 1000000;
     if (until.tv_nsec >= 1000000000) {
         until.tv_sec++;
         until.tv_nsec -= 1000000000;
     }
     pthread_cond_timedwait(cond, held, &until);
+#endif
 }
 
 void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (*idle)(void *arg), void *arg)
@@ -144,7 +165,7 @@ void fq_pool_run(unsigned helpers, void (*fn)(void *arg, bool is_caller), void (
         return;
     }
     pthread_once(&once, set_up);
-    pthread_cond_init(&job.idle, NULL);
+    fq_cond_init(&job.idle);
     pthread_mutex_lock(&lock);
     forks_before = forks;
     start_workers(helpers);

@@ -131,7 +131,7 @@ void fq_job_init(fq_job *job, fq_reader *reader, uint64_t guest_off, uint64_t nb
                     .end = guest_off + nbytes,
                     .error = {.status = FQ_OK}};
     pthread_mutex_init(&job->lock, NULL);
-    pthread_cond_init(&job->turn, NULL);
+    fq_cond_init(&job->turn);
 }
 
 void fq_job_destroy(fq_job *job)
@@ -337,7 +337,7 @@ static bool work_once(fq_job *job, fq_scratch *scratch, fq_batch *b)
         status = fq_batch_inflate(job, b, scratch, dest, &error);
     fq_batch_release(job, b);
     if (status == FQ_OK && job->write && b->count > 0 && !copied)
-        status = job->write(job, b->guest_off, buffer.base, b->nbytes, &error);
+        status = job->write(job, b->guest_off, buffer.base, b->nbytes, b->by_caller, &error);
     if (status == FQ_OK && job->digest && b->count > 0)
         status = fq_digest_take(job, job->digest, b->guest_off, b->guest_off, buffer.base, b->nbytes, b->by_caller, &error);
     if (status != FQ_OK)

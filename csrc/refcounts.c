@@ -274,7 +274,7 @@ static bool is_blank(const fq_check *c, uint64_t cluster, uint64_t *next)
 fq_status fq_check_compare(fq_check *c, const fq_request *request, fq_error *error)
 {
     found_run run = {.times = 0};
-    uint64_t next, count = c->clusters;
+    uint64_t next, count = c->clusters, steps = 0;
     fq_status status = check_blocks(c, request, error);
 
     if (status != FQ_OK)
@@ -288,6 +288,8 @@ fq_status fq_check_compare(fq_check *c, const fq_request *request, fq_error *err
         uint64_t refcount;
         bool known;
 
+        if (++steps % (1 << 16) == 0 && fq_check_cancelled(request))
+            return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
         if (is_blank(c, cluster, &next))
             continue;
         next = cluster + 1;
@@ -305,8 +307,6 @@ fq_status fq_check_compare(fq_check *c, const fq_request *request, fq_error *err
             if (refcount != found.references)
                 extend_run(c, &run, &found);
         }
-        if (cluster % (1 << 16) == 0 && fq_check_cancelled(request))
-            return fq_fail(error, FQ_ERR_CANCELLED, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
     }
     end_run(c, &run);
     return FQ_OK;

@@ -62,7 +62,6 @@ typedef struct write_job {
     unsigned threads;
     fq_space *space;
     fq_written *written;
-    atomic_bool in_backing;
 
     pthread_mutex_t lock; /* of the ring */
     pthread_cond_t room;
@@ -114,8 +113,7 @@ static fq_status skip_zeroes(write_job *w, bool is_caller, fq_error *error)
 
         if (status == FQ_OK && w->backing && zeroes) {
             status = resolve(w, w->backing, job->cursor, nbytes, &zeroes, &nbytes, error);
-            if (status != FQ_OK)
-                atomic_store(&w->in_backing, true);
+            error->in_backing = status != FQ_OK;
         }
         if (status != FQ_OK)
             return status;
@@ -251,8 +249,7 @@ static fq_status read_below(write_job *w, bench *b, uint64_t guest_off, size_t n
 
     if (n > 0)
         status = fq_reader_fill(w->backing, b->below, n, guest_off, 1, w->job.request, error);
-    if (status != FQ_OK)
-        atomic_store(&w->in_backing, true);
+    error->in_backing = status != FQ_OK;
     memset(b->below + n, 0, nbytes - n);
     return status;
 }
@@ -574,7 +571,7 @@ fq_status fq_write(fq_reader *reader, int stream, fq_reader *backing, const fq_w
     fq_job_init(&w.job, reader, 0, w.size, request);
     fq_digest_init(&w.digest);
     pthread_mutex_init(&w.lock, NULL);
-    pthread_cond_init(&w.room, NULL);
+    fq_cond_init(&w.room);
     if (!w.space || !make_ring(&w)) {
         status = fq_fail(error, FQ_ERR_NOMEM, FQ_NOWHERE, FQ_NOWHERE, FQ_NOWHERE);
     } else {
@@ -585,7 +582,6 @@ fq_status fq_write(fq_reader *reader, int stream, fq_reader *backing, const fq_w
         status = digest_rest(&w, written->size, request, error);
     if (status == FQ_OK)
         status = fq_space_finish(w.space, written->size, written, error);
-    written->in_backing = atomic_load(&w.in_backing);
     free_ring(&w);
     fq_space_free(w.space);
     fq_digest_destroy(&w.digest);

@@ -34,6 +34,21 @@ def made() -> tuple[bytes, bytes]:
     return build(entries, payload), b"".join(text(CLUSTER, i % 8) for i in range(COUNT))
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
+def test_workers_prepare_no_more_memory_than_there_is_use_for(path: Path) -> None:
+    """However large the cache may become."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+    before = resident()
+    with fastqcow.open(path, cache_size=1 << 44, threads=2) as image:
+        for cluster in range(20):
+            image.pread(4096, cluster * CLUSTER)
+        time.sleep(0.3)
+        assert resident() - before < COUNT * CLUSTER + (48 << 20)
+
+
 @pytest.fixture
 def path(tmp_path: Path, made: tuple[bytes, bytes]) -> Path:
     path = tmp_path / "disk.qcow2"

@@ -16,7 +16,7 @@ import pytest
 import fastqcow
 from conftest import Qemu
 from creating import SMALL, check, digest, out, raw, run, write
-from images import mixed, noise, text
+from images import PAYLOAD, build, data_entry, mixed, noise, text
 from webserver import WebServer
 
 __all__ = ["out", "raw"]
@@ -94,6 +94,27 @@ def test_errors_of_a_backing_file_bear_its_name(raw: Path, out: Path) -> None:
         write(raw, out, backing_file="base.qcow2", backing_format="qcow2")
     assert caught.value.path == str(base)
     assert sorted(p.name for p in out.parent.iterdir()) == ["base.qcow2"]
+
+
+def test_errors_of_a_source_and_of_a_backing_file_at_once(qemu: Qemu, raw: Path, out: Path, tmp_path: Path) -> None:
+    """Two threads meet damage at the same time, the one in the source's chain, the other in the backing file: the lowest is told,
+    and of its own file.
+    """
+    damaged = 0x200 | 1 << 63  # not aligned
+    below, top, base = tmp_path / "below.qcow2", tmp_path / "top.qcow2", out.with_name("base.qcow2")
+    stretch = (512 << 10) // 65536
+    entries = [data_entry(PAYLOAD * 65536)] * (3 * stretch)
+    of_source, of_base = [*entries], [*entries]
+    of_source[stretch - 1], of_base[stretch] = damaged, damaged
+    below.write_bytes(build(of_source, noise(65536)))
+    base.write_bytes(build(of_base, noise(65536, seed=2)))
+    qemu.img("create", "-q", "-f", "qcow2", "-b", "below.qcow2", "-F", "qcow2", top)
+    found = set()
+    for _ in range(30):
+        with pytest.raises(fastqcow.FormatError) as caught:
+            fastqcow.convert(top, out, format="qcow2", compress=True, backing_file=base.name, backing_format="qcow2", threads=4)
+        found.add((caught.value.path, caught.value.guest_off))
+    assert found == {(str(below), (stretch - 1) * 65536)}
 
 
 @pytest.mark.parametrize("name", ["snapshot", "chain"])

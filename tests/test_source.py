@@ -9,6 +9,7 @@ import signal
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,62 @@ def test_two_images_on_one_file_object() -> None:
     with fastqcow.open(file) as one, fastqcow.open(file) as other, ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda i: (one if i % 2 else other).pread(2000, 2 * CLUSTER + i), range(100)))
     assert found == [CONTENTS[2 * CLUSTER + i : 2 * CLUSTER + i + 2000] for i in range(100)]
+
+
+class Nested(io.BytesIO):
+    """Calls a function in the middle of its reads, as a signal handler or a finalizer would."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(data)
+        self.within: Callable[[], object] = int
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        within, self.within = self.within, int
+        within()
+        return super().read(size)
+
+
+class NestedRemote(Nested):
+    def read_ranges(self, wanted: list[tuple[int, int]], stopped: Callable[[], bool]) -> list[bytes]:
+        return [(self.seek(host_off), self.read(nbytes))[1] for host_off, nbytes in wanted]
+
+
+@pytest.mark.parametrize("cache_size", [0, 1 << 20])
+@pytest.mark.parametrize("kind", [Nested, NestedRemote])
+def test_a_read_within_a_read_of_the_same_file_is_an_error(kind: type[Nested], cache_size: int) -> None:
+    """It would wait for the cluster, or the lock, that its own thread has in hand."""
+    file = kind(IMAGE)
+    with (
+        fastqcow.open(file, cache_size=cache_size, threads=1) as image,
+        fastqcow.open(file, threads=1) as sibling,
+        fastqcow.open(io.BytesIO(IMAGE)) as other,
+    ):
+        for read in (
+            lambda: image.pread(100, 5),
+            lambda: sibling.pread(100, 5),
+            lambda: list(image.map()),
+            lambda: fastqcow.open(file).close(),
+        ):
+            file.within = read
+            with pytest.raises(RuntimeError, match="reentrant read"):
+                image.pread(100, 5)
+        file.within = lambda: other.pread(100, 5)
+        assert image.pread(100, 5) == TEXT[5:105]
+        assert image.read() == CONTENTS
+
+
+def test_a_signal_handler_reads_at_the_position_where_a_read_is(tmp_path: Path) -> None:
+    """The lock of the position does not keep the thread that holds it."""
+    found = []
+    file = Nested(IMAGE)
+    with fastqcow.open(file, threads=1) as image:
+        before = signal.signal(signal.SIGUSR1, lambda *_: found.append(image.seek(0, os.SEEK_CUR)))
+        try:
+            file.within = lambda: signal.raise_signal(signal.SIGUSR1)
+            assert image.read(100) == TEXT[:100]
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+    assert found == [0]
 
 
 def test_opening_a_file_object_that_another_image_reads() -> None:

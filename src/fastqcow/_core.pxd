@@ -31,6 +31,7 @@ cdef extern from "fastqcow.h" nogil:
         int sys_errno
         uint32_t depth
         bint in_data_file
+        bint in_backing
         uint64_t guest_off
         uint64_t host_off
         uint64_t value
@@ -202,7 +203,6 @@ cdef extern from "fastqcow.h" nogil:
         uint64_t refcount_table_off
         uint32_t l1_entries
         uint32_t refcount_table_clusters
-        bint in_backing
 
     fq_status fq_write(fq_reader *reader, int stream, fq_reader *backing, const fq_write_options *options, fq_written *written,
                        const fq_request *request, fq_error *error)

@@ -38,6 +38,7 @@ cdef class Source:
     cdef readonly str path
     cdef readonly bint has_path
 
+    cdef int enter(self) except -1
     cdef ptrdiff_t read_file(self, uint8_t *buf, size_t nbytes, uint64_t host_off) except -1
     cdef int read_ranges(self, fq_range *ranges, size_t count, Request request) except -1
 
@@ -60,6 +61,7 @@ cdef class Reader:
 
     @staticmethod
     cdef Reader create(Source source, Source data, Reader backing, uint64_t size)
+    cdef int enter(self) except -1
     cdef int read(self, const fq_iovec *iov, size_t niov, uint64_t guest_off, size_t nbytes) except -1
 
 

@@ -101,17 +101,22 @@ cdef int poll_python(void *user, uint64_t done_nbytes) noexcept with gil:
 ZEROES = bytes(1 << 20)
 
 
-cdef int update_digest(void *user, const uint8_t *data, uint64_t nbytes) noexcept with gil:
+cdef int update_digest(void *user, const uint8_t *data, uint64_t nbytes) noexcept nogil:
+    return update_digest_python(user, data, nbytes) if Py_IsInitialized() else -1
+
+
+cdef int update_digest_python(void *user, const uint8_t *data, uint64_t nbytes) noexcept with gil:
+    cdef int ret = -1
     request = <Request>user
     try:
         if data == NULL:
             request.digest.update(memoryview(ZEROES)[:nbytes])
         else:
             request.digest.update(PyMemoryView_FromMemory(<char *>data, nbytes, PyBUF_READ))
+        ret = 0
     except BaseException as e:
         note(request, e)
-        return -1
-    return 0
+    return ret
 
 
 cdef void note(Request request, exception) noexcept:
@@ -121,18 +126,46 @@ cdef void note(Request request, exception) noexcept:
             request.exception = exception
 
 
+# What a thread is in: the calls of file objects, the innermost first. A signal handler, or a finalizer, that runs within one and reads the
+# same file would wait for what its own thread is at work on.
+cdef extern from *:
+    """
+    typedef struct file_call { void *lock; struct file_call *outer; } file_call;
+    static _Thread_local file_call *file_calls;
+    """
+    ctypedef struct file_call:
+        void *lock
+        file_call *outer
+    file_call *file_calls
+
+
+cdef void begin_call(file_call *call, Source source) noexcept:
+    global file_calls
+    call.lock = <void *>source.lock
+    call.outer = file_calls
+    file_calls = call
+
+
+cdef void end_call(file_call *call) noexcept:
+    global file_calls
+    file_calls = call.outer
+
+
 cdef ptrdiff_t read_file(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept nogil:
     return read_file_python(opaque, user, buf, nbytes, host_off) if Py_IsInitialized() else -1
 
 
 cdef ptrdiff_t read_file_python(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off) noexcept with gil:
     cdef ptrdiff_t got = -1
+    cdef file_call call
     source = <Source>opaque
+    begin_call(&call, source)
     try:
         got = source.read_file(buf, nbytes, host_off)
     except BaseException as e:
         if user != NULL:
             note(<Request>user, e)
+    end_call(&call)
     return got
 
 
@@ -142,12 +175,15 @@ cdef int read_ranges(void *opaque, void *user, fq_range *ranges, size_t count) n
 
 cdef int read_ranges_python(void *opaque, void *user, fq_range *ranges, size_t count) noexcept with gil:
     cdef int ret = -1
+    cdef file_call call
     source = <Source>opaque
+    begin_call(&call, source)
     try:
         ret = source.read_ranges(ranges, count, None if user == NULL else <Request>user)
     except BaseException as e:
         if user != NULL:
             note(<Request>user, e)
+    end_call(&call)
     return ret
 
 
@@ -257,6 +293,19 @@ cdef class Source:
             raise MemoryError
         return self
 
+    cdef int enter(self) except -1:
+        """Called before anything is read.
+
+        Raises:
+            RuntimeError: this thread is in the middle of a read of the same file object.
+        """
+        cdef file_call *call = file_calls
+        while call != NULL:
+            if call.lock == <void *>self.lock:
+                raise RuntimeError(f"{self.path}: a reentrant read, from within a read of the same file object")
+            call = call.outer
+        return 0
+
     cdef ptrdiff_t read_file(self, uint8_t *buf, size_t nbytes, uint64_t host_off) except -1:
         # read() and a copy rather than readinto(): a file that kept the buffer it is given would keep memory of ours.
         lock = self.lock.lock
@@ -306,6 +355,7 @@ cdef class Source:
         data = PyBytes_FromStringAndSize(NULL, nbytes)
         cdef uint8_t *buf = <uint8_t *>PyBytes_AS_STRING(data)
 
+        self.enter()
         with nogil:
             status = _core.fq_source_read(self.c, &request.c, buf, nbytes, host_off, &got, &error)
         check(status, &error, request, [(self.path, self.path)])
@@ -463,10 +513,22 @@ cdef class Reader:
             self.crypt = crypt
             self.calls_python = True
             options.crypt = crypt.c
+        self.enter()
         with nogil:
             status = _core.fq_reader_open_qcow2(source.c, outside, below, beside, &options, &request.c, &self.c, &error)
         check(status, &error, request, self.paths)
         return self
+
+    cdef int enter(self) except -1:
+        """As that of its sources, and of those below."""
+        cdef Reader layer = self
+
+        if file_calls != NULL:
+            while layer is not None:
+                layer.source.enter()
+                layer.data.enter()
+                layer = layer.backing
+        return 0
 
     cdef int read(self, const fq_iovec *iov, size_t niov, uint64_t guest_off, size_t nbytes) except -1:
         """The read itself. A small one that cannot call Python back does without a request."""
@@ -478,6 +540,7 @@ cdef class Reader:
         if self.calls_python or nbytes >= INTERRUPTIBLE_NBYTES:
             request = Request()
             c = &request.c
+        self.enter()
         with nogil:
             status = _core.fq_reader_preadv(self.c, iov, niov, guest_off, c, &error)
         if status != _core.FQ_OK or request is not None:
@@ -539,6 +602,7 @@ cdef class Reader:
         if found == NULL:
             raise MemoryError
         try:
+            self.enter()
             with nogil:
                 status = _core.fq_reader_map(self.c, guest_off, end, found, capacity, &count, &request.c, &error)
             check(status, &error, request, self.paths)
@@ -565,6 +629,7 @@ cdef class Reader:
         target.grain = grain
         target.reads_zero = reads_zero
         target.offload = offload
+        self.enter()
         with nogil:
             status = _core.fq_export(self.c, 0, self.size, &target, &written, &request.c, &error)
         check(status, &error, request, self.paths, path)

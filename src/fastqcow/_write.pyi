@@ -15,7 +15,6 @@ class Written(TypedDict):
     refcount_table_off: int
     l1_entries: int
     refcount_table_clusters: int
-    in_backing: bool
 
 def write(
     reader: Reader | None,

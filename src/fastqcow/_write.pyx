@@ -56,9 +56,12 @@ def write(
     options.grain = grain
     options.threads = threads
     options.tables_nbytes = tables_nbytes
+    for layers in (reader, backing):
+        if layers is not None:
+            (<Reader>layers).enter()
     with nogil:
         status = _reader.write(of, stream, over, &options, &written, &request.c, &error)
-    if written.in_backing:
+    if status != _core.FQ_OK and error.in_backing:
         paths = backing.paths
     else:
         paths = reader.paths if reader is not None else [(stream_path, stream_path)]

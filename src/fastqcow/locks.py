@@ -15,10 +15,10 @@ __all__ = ["ForkSafeLock", "for_file"]
 
 
 class ForkSafeLock:
-    """Has a lock, to be taken as `with x.lock:`."""
+    """Has a lock, to be taken as `with x.lock:`; also by a signal handler of the thread that holds it."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         _all.add(self)
 
 
@@ -39,7 +39,7 @@ def for_file(file: object) -> ForkSafeLock:
 
 def _renew() -> None:
     for each in list(_all):
-        each.lock = threading.Lock()
+        each.lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):

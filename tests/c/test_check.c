@@ -150,6 +150,49 @@ static void test_too_many_clusters(void)
     CHECK(run(&f, &g, 4, 0) == FQ_ERR_TOO_MANY_CLUSTERS);
 }
 
+static int count_polls(void *user, uint64_t done_nbytes)
+{
+    (void)done_nbytes;
+    return ++*(int *)user > 1000;
+}
+
+/* A table entry for each block of refcounts but those of the clusters whose numbers are multiples of 2^16. */
+static ptrdiff_t read_blocks(void *opaque, void *user, uint8_t *buf, size_t nbytes, uint64_t host_off)
+{
+    (void)opaque, (void)user;
+    memset(buf, 0, nbytes);
+    for (size_t i = 0; i + 8 <= nbytes && host_off + nbytes <= 1 << 20; i += 8)
+        if ((host_off + i) / 8 % 256 != 0)
+            buf[i + 5] = 0x10; /* 2^20, where all is zero */
+    return (ptrdiff_t)nbytes;
+}
+
+/* The caller is asked whether to go on however the clusters lie. */
+static void test_polls(void)
+{
+    enum { CLUSTERS = 1 << 20, BLOCKS = CLUSTERS / 256 };
+    fq_source *source = fq_source_callback(read_blocks, NULL, (uint64_t)CLUSTERS << 9);
+    tally t = {.calls = 0};
+    const fq_check_options options = {.geometry = {3, 9, false, false, FQ_CODEC_DEFLATE},
+                                      .refcount_order = 4,
+                                      .refcount_table_entries = BLOCKS,
+                                      .report = count,
+                                      .opaque = &t};
+    int polls = 0;
+    const fq_request request = {.user = &polls, .poll = count_polls};
+    fq_check *c = NULL;
+    fq_error error;
+
+    CHECK(source);
+    CHECK(fq_check_open(source, &options, NULL, &c, &error) == FQ_OK);
+    CHECK(fq_check_finish(c, &request, &error) == FQ_OK);
+    CHECK(polls >= CLUSTERS >> 16);
+    polls = 1000;
+    CHECK(fq_check_finish(c, &request, &error) == FQ_ERR_CANCELLED);
+    fq_check_close(c);
+    fq_source_free(source);
+}
+
 int main(void)
 {
     static const unsigned cluster_bits[] = {9, 14};
@@ -162,6 +205,7 @@ int main(void)
                 test_nonsense(cluster_bits[i], extended, kind & 2, order, kind & 4 ? (int)pick(40) + 1 : 0);
             }
     test_too_many_clusters();
+    test_polls();
     puts("check: all tests passed");
     return 0;
 }

@@ -64,6 +64,13 @@ def reader(file: Any = None, crypt: Any = None, **options: Any) -> _reader.Reade
     return _reader.Reader.qcow2(source(file), None, None, None, crypt, **table)
 
 
+def nested() -> _reader.Reader:
+    """Reads itself while it reads clusters."""
+    made: list[_reader.Reader] = []
+    made.append(reader(Odd(lambda right: made[0].pread(9, 0), AT)))
+    return made[0]
+
+
 def raw() -> _reader.Reader:
     return _reader.Reader.raw(source(), CLUSTER, **SIZES)
 
@@ -144,6 +151,7 @@ ROWS: dict[str, tuple[Callable[[], object], type[Exception]]] = {
     "a damaged entry": (made_once(lambda r: r.pread(9, 2 * CLUSTER), reader), fastqcow.FormatError),
     "all of the disk": (made_once(lambda r: r.pread(3 * CLUSTER, 0), reader), fastqcow.FormatError),
     "a source that fails": (made_once(lambda r: r.pread(9, CLUSTER), lambda: reader(Odd(fail, AT))), ConnectionError),
+    "a read within a read": (made_once(lambda r: r.pread(9, CLUSTER), nested), RuntimeError),
     "a negative count": (made_once(lambda r: r.pread(-1, 0), raw), ValueError),
     "a negative offset": (made_once(lambda r: r.pread(9, -1), raw), ValueError),
     "an offset that is no number": (made_once(lambda r: r.pread(9, "x"), raw), TypeError),
