@@ -2,12 +2,14 @@
 
 Threads read pieces of all sizes, walk, map, open snapshots and close them, convert, and close and reopen what the others read,
 through caches that are too small. Every byte is compared. It ends with an error where one is wrong, where a thread gets stuck,
-where memory grows, or where a descriptor or a thread is left.
+where memory grows, or where a descriptor or a thread is left. On glibc memory is what was allocated and not freed, else what the
+process has.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import faulthandler
 import io
 import os
@@ -29,9 +31,10 @@ SIZE = 12 << 20
 CACHE_SIZE = 1 << 20
 PIECES = (1, 512, 4096, 4096, 4096, 65_536, 100_000, 1 << 20, 3 << 20)
 STUCK = 240
-RSS_MAX = 1200 << 20  # a third of it is what the disks are to hold; a conversion may take 100 MiB
+IN_USE_MAX = 600 << 20  # half of it is what the disks are to hold; a conversion may take 100 MiB
+RSS_MAX = 2400 << 20  # glibc keeps what is freed in up to eight arenas a CPU, each as large as its threads once needed
 CONVERSIONS = threading.Semaphore(3)
-GROWTH_MAX = 160 << 20  # the arenas of so many threads fill slowly
+GROWTH_MAX = 64 << 20
 
 
 class Remote(io.BytesIO):
@@ -183,6 +186,7 @@ class Soak:
         self.disks, self.folder, self.stuck = disks, folder, stuck
         self.done: Counter[str] = Counter()
         self.failures: list[str] = []
+        self.rss_max = 0
         self.stop = threading.Event()
         self.seen = [time.monotonic()] * threads
         self.threads = []
@@ -225,8 +229,8 @@ class Soak:
             self.done[what] += 1
 
     def watch(self, seconds: float) -> list[int]:
-        """Until the time is over, or something is wrong: resident memory at each moment."""
-        end, samples, last = time.monotonic() + seconds, [], time.monotonic()
+        """Until the time is over, or something is wrong: the memory in use at each moment."""
+        end, samples, last = time.monotonic() + seconds, [in_use()], time.monotonic()
         for thread in self.threads:
             thread.start()
         while (now := time.monotonic()) < end and not self.stop.wait(0.5):
@@ -235,9 +239,10 @@ class Soak:
                 self.seen = [seen + now - last for seen in self.seen]
             last = now
             faulthandler.dump_traceback_later(4 * self.stuck, exit=True)  # in case that this thread gets stuck too
-            samples.append(resident())
-            if samples[-1] > RSS_MAX:
-                self.failures.append(f"{samples[-1] >> 20} MiB of memory are in use")
+            samples.append(in_use())
+            self.rss_max = max(self.rss_max, resident())
+            if samples[-1] > IN_USE_MAX or self.rss_max > RSS_MAX:
+                self.failures.append(f"{samples[-1] >> 20} MiB of memory are in use, the process has {self.rss_max >> 20}")
                 break
             if now - min(self.seen) > self.stuck:
                 faulthandler.dump_traceback(all_threads=True)
@@ -251,6 +256,23 @@ class Soak:
                 self.failures.append("a thread does not end")
         faulthandler.cancel_dump_traceback_later()
         return samples
+
+
+class MallocInfo(ctypes.Structure):
+    """What glibc's mallinfo2() returns."""
+
+    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
+    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
+
+
+def in_use() -> int:
+    """Bytes of memory that were allocated and not freed."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallinfo2"):
+        return resident()
+    libc.mallinfo2.restype = MallocInfo
+    found = libc.mallinfo2()
+    return int(found.uordblks + found.hblkhd)
 
 
 def resident() -> int:
@@ -292,7 +314,7 @@ def main() -> int:
             os._exit(1)  # threads that are stuck would be waited for
     left = descriptors() - before
     operations = ", ".join(f"{what} {count}" for what, count in sorted(soak.done.items()))
-    memory = f"{samples[0] >> 20} MiB at first, {max(samples) >> 20} at most, growth {growth(samples) >> 20}"
+    memory = f"{max(samples) >> 20} MiB in use at most, growth {growth(samples) >> 20}; {soak.rss_max >> 20} resident at most"
     print(f"soak: {options.threads} threads, {options.seconds:.0f} s, seed {options.seed}")
     print(f"soak: {soak.done.total()} operations, no wrong byte")
     print(f"soak: {operations}")
