@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fastqcow
+from capabilities import descriptors, resident
 from images import mixed
 
 SIZE = 12 << 20
@@ -251,16 +252,6 @@ class Soak:
                 self.failures.append("a thread does not end")
         faulthandler.cancel_dump_traceback_later()
         return samples
-
-
-def resident() -> int:
-    """Bytes of memory that the process has."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def growth(samples: list[int]) -> int:
