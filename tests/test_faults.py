@@ -334,9 +334,10 @@ def test_signals_while_reading_and_writing(path: Path, tmp_path: Path) -> None:
         read_end, write_end = os.pipe()
 
         def fill_the_pipe() -> None:
-            os.write(write_end, CONTENTS[:CLUSTER])
-            time.sleep(0.1)
-            os.close(write_end)
+            with os.fdopen(write_end, "wb") as pipe:
+                pipe.write(CONTENTS[:CLUSTER])
+                pipe.flush()
+                time.sleep(0.1)
 
         writer = threading.Thread(target=fill_the_pipe)
         writer.start()
