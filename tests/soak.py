@@ -25,6 +25,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import fastqcow
+from capabilities import descriptors, resident
 from images import mixed
 
 SIZE = 12 << 20
@@ -273,16 +274,6 @@ def in_use() -> int:
     libc.mallinfo2.restype = MallocInfo
     found = libc.mallinfo2()
     return int(found.uordblks + found.hblkhd)
-
-
-def resident() -> int:
-    """Bytes of memory that the process has."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
 
 
 def growth(samples: list[int]) -> int:

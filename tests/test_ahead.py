@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
+from capabilities import need_proc, resident
 from images import PAYLOAD, build, compressed_entry, deflate, text
 
 CLUSTER = 65536
@@ -34,13 +35,9 @@ def made() -> tuple[bytes, bytes]:
     return build(entries, payload), b"".join(text(CLUSTER, i % 8) for i in range(COUNT))
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memory is read from /proc")
 def test_workers_prepare_no_more_memory_than_there_is_use_for(path: Path) -> None:
     """However large the cache may become."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-
+    need_proc()
     before = resident()
     with fastqcow.open(path, cache_size=1 << 44, threads=2) as image:
         for cluster in range(20):

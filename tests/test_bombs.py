@@ -19,6 +19,7 @@ import pytest
 import bombs
 import fastqcow
 import serving
+from capabilities import need_proc
 from cases import run
 from conftest import Qemu
 from images import build, compressed_entry, patched, text
@@ -83,8 +84,7 @@ class Done(NamedTuple):
 
 
 def run_all(commands: list[list[str]], seconds: float = CPU_SECONDS) -> list[Done]:
-    if not Path("/proc/self/status").exists():
-        pytest.skip("this system does not say how much memory a process held")
+    need_proc()
     command = [sys.executable, "-c", RUN, json.dumps([commands, seconds])]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=BACKSTOP)
     assert done.returncode == 0, done.stderr

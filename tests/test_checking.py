@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import io
-import os
 import struct
 import time
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
+from capabilities import descriptors
 from fastqcow._check import Checker
 from fastqcow.checking import CheckResult, Finding, check
 from fastqcow.cli import main
@@ -130,10 +130,10 @@ def test_check_leaves_nothing_behind(tmp_path: Path) -> None:
     path.write_bytes(sound(0))
     gc.disable()
     try:
-        before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+        before = descriptors()
         for _ in range(10):
             check(path)
-        assert not before or len(os.listdir("/proc/self/fd")) == before
+        assert descriptors() == before
     finally:
         gc.enable()
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import fastqcow
+from capabilities import need_full_device
 from conftest import Qemu
 from creating import check, digest, needs_isal, out, raw, write
 from fastqcow.cli import main
@@ -234,9 +235,10 @@ def test_disk_without_room(raw: Path, out: Path) -> None:
 
 def test_devices(raw: Path) -> None:
     write(raw, Path("/dev/null"))
+    full = need_full_device()
     with pytest.raises(OSError, match="No space left") as caught:
-        write(raw, Path("/dev/full"))
-    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, "/dev/full")
+        write(raw, Path(full))
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, full)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import fastqcow
+from capabilities import need_proc
 from conftest import Qemu
 from creating import check, needs_isal, out, raw, run, streams, write
 from images import COMPRESSED, COPIED, mixed, noise, text
@@ -214,8 +215,7 @@ with open("/proc/self/status") as status:
 )
 def test_memory_stays_below_256_mib(tmp_path: Path, out: Path, options: list[str]) -> None:
     """Whatever the threads: the states of zstd alone take up to 37 MiB each."""
-    if not Path("/proc/self/status").exists():
-        pytest.skip("this system does not say how much memory a process held")
+    need_proc()
     raw = tmp_path / "disk.raw"
     raw.write_bytes((text(30_000) + noise(2000)) * (96 << 20 >> 15))
     out.with_name("base").write_bytes(raw.read_bytes()[:512] + bytes(1 << 20))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import os
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 
 import fastqcow
+from capabilities import descriptors
 from images import build
 from webserver import CLUSTER, CONTENTS, IMAGE, WebServer, refused
 
@@ -63,10 +63,10 @@ def test_name_in_a_file_system_is_not_a_local_path(tmp_path: Path) -> None:
 
 def test_local_file(tmp_path: Path) -> None:
     (tmp_path / "disk.qcow2").write_bytes(IMAGE)
-    before = len(os.listdir("/dev/fd"))
+    before = descriptors()
     with fastqcow.open(f"file://{tmp_path}/disk.qcow2") as image:
         assert image.read() == CONTENTS
-    assert len(os.listdir("/dev/fd")) == before
+    assert descriptors() == before
 
 
 def test_local_copy(server: WebServer, url: str) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
+from capabilities import need_glibc
 
 MODULES = ("_check", "_inflate", "_l2", "_reader", "_write", *(["_isal"] if fastqcow.build_info().isal else []))
 PT_DYNAMIC, PT_NOTE, PT_GNU_STACK, PT_GNU_RELRO = 2, 4, 0x6474E551, 0x6474E552
@@ -116,8 +117,7 @@ def test_stack_frames_are_guarded(elf: Elf) -> None:
 
 
 def test_calls_of_libc_are_checked() -> None:
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("this C library has no checked calls")
+    need_glibc()
     symbols = {name for module in MODULES for name in load(module).symbols()}
     if any(name.startswith(("__asan_init", "__tsan_init", "__ubsan_handle")) for name in symbols):
         pytest.skip("built for a sanitizer, which checks these calls itself")

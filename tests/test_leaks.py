@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import io
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 
 import fastqcow
 import faults
+from capabilities import descriptors, need_proc, resident
 from conftest import Qemu
 from faults import UNDER_ASAN, UNDER_TSAN
 from images import build, data_entry, plain_and_compressed
@@ -31,11 +31,6 @@ class Remote(io.BytesIO):
 class Failing(io.BytesIO):
     def read(self, size: int | None = -1, /) -> bytes:
         raise ConnectionError("the cable is out")
-
-
-def resident() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def read(source: Any, **options: Any) -> None:
@@ -75,6 +70,7 @@ def fail_to_read(path: Path) -> None:
 
 def test_10000_images(qemu: Qemu, tmp_path: Path) -> None:
     """Descriptors, memory, and Python's objects and blocks are as many after ten thousand as after one thousand."""
+    need_proc()
     path, top, damaged, text = (tmp_path / name for name in ("disk.qcow2", "top.qcow2", "damaged.qcow2", "text"))
     path.write_bytes(IMAGE)
     top.write_bytes(build([0] * 12, backing=(path.name, "qcow2")))
@@ -102,13 +98,13 @@ def test_10000_images(qemu: Qemu, tmp_path: Path) -> None:
         for i in range(count):
             ways[i % len(ways)]()
         gc.collect()
-        return len(os.listdir("/dev/fd")), len(gc.get_objects()), sys.getallocatedblocks(), resident()
+        return descriptors(), len(gc.get_objects()), sys.getallocatedblocks(), resident()
 
     once(COUNT // 20)
     before = once(COUNT // 20)
     after = once(COUNT - COUNT // 10)
-    descriptors, objects, blocks, nbytes = (b - a for a, b in zip(before, after, strict=True))
-    assert descriptors == 0
+    files, objects, blocks, nbytes = (b - a for a, b in zip(before, after, strict=True))
+    assert files == 0
     assert objects < 100
     assert blocks < 300
     if not (UNDER_ASAN or UNDER_TSAN):  # which keep what was freed for a while

@@ -6,6 +6,7 @@ import ast
 import importlib.metadata
 import importlib.resources
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,25 @@ def test_sdist_holds_every_source(tmp_path: Path) -> None:
         held = {name.split("/", 1)[-1] for name in sdist.getnames()}
     wanted = {name for name in tracked.stdout.splitlines() if not name.startswith(".")}
     assert wanted - held - {"MANIFEST.in"} == set()
+
+
+NOTICES = {
+    "libdeflate": ("libdeflate.txt", "Copyright 2016 Eric Biggers"),
+    "libisal": ("isa-l.txt", "Copyright(c) 2011-2024 Intel Corporation"),
+    "libzstd": ("zstd.txt", "Copyright (c) Meta Platforms, Inc."),
+}
+
+
+def test_the_licence_notice_of_each_library_that_a_wheel_carries_is_in_it() -> None:
+    package = importlib.metadata.distribution("fastqcow")
+    assert package.metadata["License-Expression"] == "MIT AND BSD-3-Clause"
+    files = package.files or []
+    notices = {file.name: file.read_text() for file in files if "licenses" in file.parts}
+    assert set(notices) == {"LICENSE", *(name for name, _ in NOTICES.values())}
+    for name, holder in NOTICES.values():
+        assert holder in notices[name]
+    carried = {re.split(r"[-.]", file.name)[0] for file in files if file.parent.name in ("fastqcow.libs", ".dylibs")}
+    assert carried <= set(NOTICES)
 
 
 def test_import_needs_the_standard_library_alone() -> None:

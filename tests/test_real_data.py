@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fastqcow
+from capabilities import need_proc
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +42,7 @@ def test_from_a_gzipped_copy(boot: tuple[Path, str], tmp_path: Path) -> None:
 
 def test_convert_command(boot: tuple[Path, str], tmp_path: Path) -> None:
     """In a process of its own, whose memory is bounded. (getrusage would count the memory of the process that started it.)"""
+    need_proc()
     code = (
         "import sys; from fastqcow.cli import main; code = main(sys.argv[1:]);"
         "print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0]); sys.exit(code)"

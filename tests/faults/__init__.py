@@ -11,23 +11,21 @@ from pathlib import Path
 
 import pytest
 
+from capabilities import need_glibc
+
 HERE = Path(__file__).parent
 UNDER_ASAN = "libasan" in os.environ.get("LD_PRELOAD", "")
 UNDER_TSAN = "libtsan" in os.environ.get("LD_PRELOAD", "")
-
-
-def require_linux() -> None:
-    if sys.platform != "linux":
-        pytest.skip("libc's names are those of Linux")
 
 
 def run(script: str, *arguments: str | Path, folder: Path, preload: bool = True) -> str:
     """Run one of the programs beside this file, which has to end well; what it said."""
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]))
     if preload:
+        need_glibc()
         compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
-        if sys.platform != "linux" or not compiler:
-            pytest.skip("LD_PRELOAD as on Linux is needed, and a C compiler")
+        if not compiler:
+            pytest.skip("a C compiler is needed")
         shim = folder / "shim.so"
         clean = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
         subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", shim, HERE / "shim.c", "-ldl"], check=True, env=clean)

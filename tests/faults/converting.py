@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import fastqcow
+from capabilities import descriptors
 from faults import Fault
 from images import plain_and_compressed
 
@@ -54,7 +55,7 @@ def strike(folder: Path, call: str, error: int, nth: int, where: str, threads: i
     out = folder / "out"
     out.write_bytes(OLD)
     before, raised = sorted(os.listdir(folder)), None
-    descriptors = len(os.listdir("/proc/self/fd"))
+    files = descriptors()
     with Fault(call, nth, error, where) as fault:
         try:
             fastqcow.convert(folder / "disk.qcow2", out, threads=threads, **options)
@@ -70,9 +71,9 @@ def strike(folder: Path, call: str, error: int, nth: int, where: str, threads: i
         assert contents_of(out, options) == CONTENTS, said
         assert not fault.struck or (call, error) in GOES_ON or call == "copy_file_range" or where == "disk.qcow2", said
     assert sorted(os.listdir(folder)) == before, said
-    if len(os.listdir("/proc/self/fd")) != descriptors:
+    if descriptors() != files:
         gc.collect()  # contextlib makes a circle of an exception that meets another on its way out
-    assert len(os.listdir("/proc/self/fd")) == descriptors, said
+    assert descriptors() == files, said
     return fault.struck
 
 

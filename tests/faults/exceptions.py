@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import fastqcow
+from capabilities import descriptors
 from fastqcow import _check, _inflate, _l2, _reader, _write
 from faults import UNDER_ASAN, UNDER_TSAN, Fault
 from images import PAYLOAD, build, compressed_entry, data_entry
@@ -221,7 +222,7 @@ def left() -> dict[str, int]:
         "blocks": sys.getallocatedblocks(),
         "bytes": allocated_by_c() // 256,
         "objects": len(gc.get_objects()),
-        "descriptors": len(os.listdir("/proc/self/fd")),
+        "descriptors": descriptors(),
         **{f"references to {each!r:.20}": sys.getrefcount(each) for each in COMMON},
     }
 

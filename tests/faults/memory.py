@@ -12,6 +12,7 @@ from io import FileIO
 from pathlib import Path
 
 import fastqcow
+from capabilities import descriptors
 from images import plain_and_compressed
 
 IMAGE, CONTENTS = plain_and_compressed(12)
@@ -78,7 +79,7 @@ def inflate(path: Path) -> None:
 
 def once(operation: Callable[[Path], None], path: Path, nth: int, count: int) -> bool:
     """The nth allocation and the `count` from there on fail. Whether it was done all the same."""
-    descriptors = len(os.listdir("/proc/self/fd"))
+    files = descriptors()
     _testcapi.set_nomemory(nth, nth + count)
     try:
         operation(path)
@@ -94,9 +95,9 @@ def once(operation: Callable[[Path], None], path: Path, nth: int, count: int) ->
         _testcapi.remove_mem_hooks()
         return True
     assert right, (operation.__name__, nth, count, where, error)
-    if where.endswith(".pyx") and len(os.listdir("/proc/self/fd")) != descriptors:
+    if where.endswith(".pyx") and descriptors() != files:
         gc.collect()  # elsewhere Python 3.11 itself loses the arguments of a call whose frame has no room
-        assert len(os.listdir("/proc/self/fd")) == descriptors, (operation.__name__, nth, count, where, error)
+        assert descriptors() == files, (operation.__name__, nth, count, where, error)
     return False
 
 
