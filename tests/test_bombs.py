@@ -227,7 +227,7 @@ ENTRIES: dict[str, Bomb] = {
             partial(bombs.costly_snapshots, nbytes),
             opened=entries_nbytes(65_536, 65_536 * (72 + 2 * nbytes)),
         )
-        for nbytes in (4, 60, 440)
+        for nbytes in (4, 440)
     },
     **{
         f"bitmaps with names of {nbytes} bytes": Bomb(
