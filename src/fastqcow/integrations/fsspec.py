@@ -111,8 +111,9 @@ def _is_async(fs: Any) -> bool:
 
 def _os_error(e: Exception, url: str, host_off: int | None = None) -> OSError:
     """What a file system raised as an OSError that names the URL and the place. (Python makes its kind from the number.)"""
-    # fsspec says of every URL that it cannot ask for that it is not there; then the cause says why.
-    cause = e.__cause__ if isinstance(e, FileNotFoundError) and e.__cause__ else e
+    # fsspec's HTTP says of every URL that it cannot ask for that it is not there; then the cause says why. Others mean it.
+    is_http = isinstance(e.__cause__, OSError) or type(e.__cause__).__module__.startswith("aiohttp")
+    cause = e.__cause__ if isinstance(e, FileNotFoundError) and e.__cause__ and is_http else e
     status = getattr(cause, "status", None)
     if isinstance(cause, FileNotFoundError) or status == 404:
         number, said = errno.ENOENT, os.strerror(errno.ENOENT)
@@ -120,7 +121,8 @@ def _os_error(e: Exception, url: str, host_off: int | None = None) -> OSError:
         number = errno.EACCES if status in (401, 403) else errno.EIO
         said = f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
     else:
-        number = (cause.errno if isinstance(cause, OSError) else None) or errno.EIO
+        unsaid = errno.EACCES if isinstance(cause, PermissionError) else errno.EIO
+        number = (cause.errno if isinstance(cause, OSError) else None) or unsaid
         said = (cause.strerror if isinstance(cause, OSError) else None) or f"{type(cause).__name__} {cause}".rstrip()
     return OSError(number, f"{said} (host offset {host_off:#x})" if host_off else said, url)  # at 0, the file is being opened
 
