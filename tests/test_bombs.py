@@ -239,7 +239,16 @@ ENTRIES: dict[str, Bomb] = {
 }
 
 
-@pytest.mark.parametrize("name", [*(name for name, bomb in BOMBS.items() if bomb.opened and bomb.large != EVERYTHING), *ENTRIES])
+OPENED = [
+    "the largest disk",
+    "65,536 snapshots, tables over each other",
+    "65,535 bitmaps",
+    "header extensions",
+    "names of features",
+]
+
+
+@pytest.mark.parametrize("name", [*OPENED, *ENTRIES])
 def test_what_opening_takes(name: str, tmp_path: Path, usual: Path) -> None:
     """And to list all that there is: beyond what a small image takes, and what is read to find where something lies."""
     bomb = (BOMBS | ENTRIES)[name]
