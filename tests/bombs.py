@@ -121,18 +121,20 @@ def largest() -> bytes:
     return patched(image, 36, struct.pack(">I", 1 << 22)).ljust((4 << 20) + (32 << 20), b"\0")
 
 
+STREAM = deflate(text(CLUSTER))
+ONE_FOR_ALL = {
+    "compressed": [compressed_entry(AT, len(STREAM), 16)],
+    "compressed and nothing in turn": [compressed_entry(AT, len(STREAM), 16), 0],
+    "plain": [data_entry(AT)],
+    "the L2 table": [data_entry(L2 * CLUSTER)],
+    "the header": [data_entry(0) | ZERO],
+}
+
+
 def one_for_all(kind: str) -> bytes:
     """A disk of 4 TiB in 280 KB: one L2 table for all L1 entries, and in it one cluster for all."""
-    stream = deflate(text(CLUSTER))
-    compressed = compressed_entry(AT, len(stream), 16)
-    entries = {
-        "compressed": [compressed] * ENTRIES,
-        "compressed and nothing in turn": [compressed, 0] * (ENTRIES // 2),
-        "plain": [data_entry(AT)] * ENTRIES,
-        "the L2 table": [data_entry(L2 * CLUSTER)] * ENTRIES,
-        "the header": [data_entry(0) | ZERO] * ENTRIES,
-    }[kind]
-    return build(entries, stream.ljust(CLUSTER, b"\0"), l1=[COPIED | L2 * CLUSTER] * ENTRIES, size=ENTRIES * ENTRIES * CLUSTER)
+    entries = ONE_FOR_ALL[kind] * (ENTRIES // len(ONE_FOR_ALL[kind]))
+    return build(entries, STREAM.ljust(CLUSTER, b"\0"), l1=[COPIED | L2 * CLUSTER] * ENTRIES, size=ENTRIES * ENTRIES * CLUSTER)
 
 
 def l1_is_l2() -> bytes:
@@ -161,15 +163,26 @@ def long_names() -> bytes:
     return snapshots(snapshot_entry(b"1", b"\xff" * 950, l1_off=L1 * CLUSTER, extra=struct.pack(">QQ", 0, CLUSTER)))
 
 
+def costly_snapshots(nbytes: int) -> bytes:
+    """Each number in an entry is a large one; each of its two names is this long and has four bytes of memory for each of its own,
+    as one of its characters needs them."""
+    name = "\N{COW}".encode().ljust(nbytes, b"a")
+    extra = struct.pack(">QQQ", 1 << 63, 1 << 62, 1 << 61) + b"extra"
+    head = struct.pack(">QIHHIIQII", 1 << 62, 1 << 31, nbytes, nbytes, 1 << 31, 1 << 31, 1 << 62, 0, len(extra))
+    entry = head + extra + name + name
+    return snapshots(entry.ljust(len(entry) + 7 & ~7, b"\0"))
+
+
 def long_snapshot_tables() -> bytes:
     """65,536 L1 tables of 32 MiB, one over the other."""
     entry = snapshot_entry(b"1", b"a", l1_off=1 << 20, l1_entries=1 << 22, extra=struct.pack(">QQ", 0, 512))
     return snapshots(entry, cluster_bits=9, table_off=33 << 20)
 
 
-def bitmap_directory() -> bytes:
-    """65,535 bitmaps, with one table."""
-    names = b"".join(struct.pack(">QIIBBHI", AT, 1, 0, 1, 16, 8, 0) + b"%08d" % i for i in range(BITMAPS_MAX))
+def bitmap_directory(ending: bytes = b"") -> bytes:
+    """65,535 bitmaps, with one table; the ending of their names is a multiple of eight bytes."""
+    head = struct.pack(">QIIBBHI", AT, 1, 0, 1, 16, 8 + len(ending), 0)
+    names = b"".join(head + b"%08d" % i + ending for i in range(BITMAPS_MAX))
     found = extension(BITMAPS, struct.pack(">IIQQ", BITMAPS_MAX, 0, len(names), AT + CLUSTER))
     return patched(build([0], size=CLUSTER, extensions=found), 88, struct.pack(">Q", 1)) + bytes(CLUSTER) + names
 
@@ -196,12 +209,16 @@ def feature_names() -> bytes:
 
 
 def slow_clusters(codec: str, cluster_bits: int) -> bytes:
-    """Sixteen clusters, all with one stream that takes as long as one can, of the largest length that a descriptor has."""
+    """Sixteen clusters, all with one stream that takes as long as one can. (Deflate that is longer than a cluster takes less.)"""
     size = 1 << cluster_bits
-    make = slow_zstd if codec == "zstd" else slow_deflate
-    stream = make(2 * size - 2048, size)
+    stream = slow_zstd(2 * size - 2048, size) if codec == "zstd" else slow_deflate(size - 2048, size)
     entry = compressed_entry(PAYLOAD * size, len(stream), cluster_bits)
     return build([entry] * 16, stream, cluster_bits=cluster_bits, zstd=codec == "zstd")
+
+
+def pages_of_counters() -> bytes:
+    """The start of an image of 512 GiB, whose clusters of data are 1,024 from each other: each needs a page for itself."""
+    return build([data_entry(AT + i * 1024 * CLUSTER) for i in range(ENTRIES)])
 
 
 def write_sparse(path: Path, image: bytes, nbytes: int = 0) -> Path:

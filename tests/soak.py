@@ -9,7 +9,6 @@ process has.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import io
 import os
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import fastqcow
 from capabilities import descriptors, resident
+from faults import allocated_by_c
 from images import mixed
 
 SIZE = 12 << 20
@@ -259,21 +259,9 @@ class Soak:
         return samples
 
 
-class MallocInfo(ctypes.Structure):
-    """What glibc's mallinfo2() returns."""
-
-    _names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost")
-    _fields_ = tuple((name, ctypes.c_size_t) for name in _names)
-
-
 def in_use() -> int:
     """Bytes of memory that were allocated and not freed."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallinfo2"):
-        return resident()
-    libc.mallinfo2.restype = MallocInfo
-    found = libc.mallinfo2()
-    return int(found.uordblks + found.hblkhd)
+    return allocated_by_c() or resident()
 
 
 def growth(samples: list[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import pickle
@@ -10,7 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -123,15 +125,47 @@ def test_two_streams_are_both_read_ahead(server: WebServer, url: str) -> None:
     assert len(server.requests) < 40
 
 
-def test_blocks_kept_are_bounded(server: WebServer, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def bytes_held(file: RemoteFile) -> int:
+    """Bytes of memory that are free when its blocks are dropped, whatever they refer to."""
+    gc.collect()
+    before = tracemalloc.get_traced_memory()[0]
+    file._blocks.clear()
+    gc.collect()
+    return before - tracemalloc.get_traced_memory()[0]
+
+
+@pytest.fixture
+def eight_mib(server: WebServer) -> Iterator[RemoteFile]:
+    """A file of 16 pieces, of which 20 blocks are kept, with the memory of all that is fetched counted."""
+    server.files["disk"] = noise(16 * PIECE)
+    with pytest.MonkeyPatch.context() as patch, open_url(server.url("disk")) as file:
+        assert isinstance(file, RemoteFile)
+        patch.setattr("fastqcow.integrations.fsspec.CACHE_BLOCKS", 20)
+        tracemalloc.start()
+        yield file
+        tracemalloc.stop()
+
+
+def test_blocks_kept_are_bounded(server: WebServer, eight_mib: RemoteFile) -> None:
+    """In bytes of memory: one block of each piece was used last, and the rest of the piece is not kept with it."""
     assert CACHE_BLOCKS * BLOCK == 16 << 20
-    monkeypatch.setattr("fastqcow.integrations.fsspec.CACHE_BLOCKS", 5)
-    file = open_url(url)
-    assert isinstance(file, RemoteFile)
-    with fastqcow.open(file) as image:
-        for at in random.Random(1).sample(range(0, image.size - 100, 777), 200):
-            assert image.pread(100, at) == CONTENTS[at : at + 100]
-            assert len(file._blocks) <= 5
+    data, pieces = server.files["disk"], range(15 * PIECE, -1, -PIECE)  # backwards, with gaps: nothing is fetched ahead
+    for i, at in enumerate(pieces):
+        eight_mib.read_ranges([(at, PIECE)], lambda: False)
+        for used in (each + 2 * BLOCK for each in pieces[: i + 1]):
+            assert eight_mib.read_ranges([(used, 9)], lambda: False) == [data[used : used + 9]]
+    assert len(server.requests) == 1 + len(pieces)
+    assert 20 * BLOCK <= bytes_held(eight_mib) < 21 * BLOCK
+
+
+def test_nothing_is_kept_of_what_failed(server: WebServer, eight_mib: RemoteFile) -> None:
+    """An exception refers to all that was there when it was raised."""
+    eight_mib._blocks.clear()
+    server.answer = lambda handler, data, span: handler.usual(data, (span[0], span[1] + 1))
+    for at in range(14 * PIECE, -1, -PIECE):
+        with pytest.raises(OSError, match="more than the"):
+            eight_mib.read_ranges([(at, PIECE)], lambda: False)
+    assert bytes_held(eight_mib) < BLOCK
 
 
 # The same bytes as locally

@@ -163,6 +163,20 @@ def test_object_that_fails(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, answ
         assert caught.value.filename == "bucket://disk.qcow2"
 
 
+@pytest.mark.parametrize("kind", [PermissionError, FileNotFoundError])
+def test_store_that_says_why(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, kind: type[OSError]) -> None:
+    """As s3fs does: an error without a number, which comes from one of a package that we know nothing of."""
+
+    def refuse(data: bytes) -> bytes:
+        raise kind("the answer was no") from RuntimeError("NoSuchBucket")
+
+    with fastqcow.open("bucket://disk.qcow2") as image:
+        monkeypatch.setattr(Bucket, "answer", staticmethod(refuse))
+        with pytest.raises(kind) as caught:
+            image.read()
+        assert caught.value.filename == "bucket://disk.qcow2"
+
+
 def test_file_system_over_another_one(tmp_path: Path, bucket: Bucket) -> None:
     (tmp_path / "disk.qcow2").write_bytes(IMAGE)
     directory = importlib.import_module("fsspec.implementations.dirfs").DirFileSystem

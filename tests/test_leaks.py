@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import io
+import struct
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,15 @@ import pytest
 
 import fastqcow
 import faults
-from capabilities import descriptors, need_proc, resident
+from capabilities import descriptors
 from conftest import Qemu
-from faults import UNDER_ASAN, UNDER_TSAN
-from images import build, data_entry, plain_and_compressed
+from faults import allocated_by_c
+from images import PAYLOAD, build, data_entry, extension, patched, plain_and_compressed
+from luksmaker import relocked
 
 IMAGE, CONTENTS = plain_and_compressed(12)
 COUNT = 10_000
+OFFSET = 70_000
 
 
 class Remote(io.BytesIO):
@@ -33,9 +36,14 @@ class Failing(io.BytesIO):
         raise ConnectionError("the cable is out")
 
 
-def read(source: Any, **options: Any) -> None:
+def read(source: Any, expected: bytes = CONTENTS, **options: Any) -> None:
     with fastqcow.open(source, threads=2, **options) as image:
-        assert image.pread(5000, 70_000) == CONTENTS[70_000:75_000]
+        assert image.pread(5000, OFFSET) == expected[OFFSET : OFFSET + 5000]
+
+
+def read_raw(path: Path) -> None:
+    with fastqcow.open_raw(path) as disk:
+        assert disk.pread(5000, OFFSET) == CONTENTS[OFFSET : OFFSET + 5000]
 
 
 def read_all(path: Path) -> None:
@@ -47,7 +55,21 @@ def read_all(path: Path) -> None:
 def read_a_snapshot(path: Path) -> None:
     with fastqcow.open(path) as image, image.snapshot("one") as snapshot:
         image.close()
-        assert snapshot.pread(5000, 70_000) == CONTENTS[70_000:75_000]
+        assert snapshot.pread(5000, OFFSET) == CONTENTS[OFFSET : OFFSET + 5000]
+
+
+def read_encrypted(path: Path) -> None:
+    """It was not encrypted, and so is noise."""
+    with fastqcow.open(path, password="x") as image:
+        assert image.pread(5000, OFFSET) != CONTENTS[OFFSET : OFFSET + 5000]
+
+
+def read_url(url: str) -> None:
+    from fastqcow.integrations.fsspec import RemoteFile, open_url
+
+    with open_url(url) as file:
+        assert isinstance(file, RemoteFile)
+        read(file)
 
 
 def forget(path: Path) -> None:
@@ -57,58 +79,118 @@ def forget(path: Path) -> None:
         image.pread(4096, at)
 
 
-def fail_to_open(source: Any, error: type[Exception]) -> None:
-    with pytest.raises(error):
-        fastqcow.open(source)
+def fail(error: type[Exception], source: Any, **options: Any) -> None:
+    """To open it, or to read it."""
+    try:
+        with fastqcow.open(source, **options) as image:
+            image.read()
+    except error:
+        return
+    raise AssertionError("nothing was raised")
 
 
-def fail_to_read(path: Path) -> None:
-    with fastqcow.open(path) as image, contextlib.suppress(fastqcow.FormatError):
-        image.read()
-        raise AssertionError("damage was read")
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, qemu: Qemu) -> Path:
+    """Images of all kinds."""
+    folder = tmp_path_factory.mktemp("images")
+    data = build([data_entry(i << 16) for i in range(12)], extensions=extension(0x44415441, b"raw"))
+    images = {
+        "disk": IMAGE,
+        "top": build([0] * 12, backing=("disk", "qcow2")),
+        "over raw": build([0] * 12, backing=("raw", "raw")),
+        "raw": CONTENTS,
+        "data file": patched(data, 72, struct.pack(">Q", 4)),
+        "aes": patched(build([data_entry(PAYLOAD + i << 16) for i in range(12)], CONTENTS), 32, struct.pack(">I", 1)),
+        "damaged": build([data_entry(512)]),
+        "no image": b"no image",
+    }
+    for name, image in images.items():
+        (folder / name).write_bytes(image)
+    qemu.img("convert", "-c", "-O", "qcow2", folder / "disk", folder / "moment")
+    qemu.img("snapshot", "-c", "one", folder / "moment")
+    return folder
 
 
-def test_10000_images(qemu: Qemu, tmp_path: Path) -> None:
-    """Descriptors, memory, and Python's objects and blocks are as many after ten thousand as after one thousand."""
-    need_proc()
-    path, top, damaged, text = (tmp_path / name for name in ("disk.qcow2", "top.qcow2", "damaged.qcow2", "text"))
-    path.write_bytes(IMAGE)
-    top.write_bytes(build([0] * 12, backing=(path.name, "qcow2")))
-    damaged.write_bytes(build([data_entry(512)]))
-    text.write_text("no image")
-    moment = tmp_path / "moment.qcow2"
-    qemu.img("convert", "-c", "-O", "qcow2", path, moment)
-    qemu.img("snapshot", "-c", "one", moment)
-    ways: list[Callable[[], None]] = [
-        lambda: read(path),
-        lambda: read(top),
-        lambda: read_a_snapshot(moment),
-        lambda: read(io.BytesIO(IMAGE)),
-        lambda: read(Remote(IMAGE)),
-        lambda: read(path, cache_size=0),
-        lambda: read_all(path),
-        lambda: forget(path),
-        lambda: fail_to_open(text, fastqcow.FormatError),
-        lambda: fail_to_open(tmp_path, IsADirectoryError),
-        lambda: fail_to_open(Failing(IMAGE), ConnectionError),
-        lambda: fail_to_read(damaged),
-    ]
+@pytest.fixture(scope="module")
+def luks(qemu: Qemu, folder: Path) -> Path:
+    """Whose password does not take long to try."""
+    path = folder / "luks"
+    secret = ["--object", "secret,id=s,data=x", "-o", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"]
+    qemu.img("create", "-q", "-f", "qcow2", *secret, path, "1M")
+    path.write_bytes(relocked(path.read_bytes(), b"x", cipher="aes", key_nbytes=32, mode="cbc-plain64"))
+    return path
 
-    def once(count: int) -> tuple[int, int, int, int]:
-        for i in range(count):
-            ways[i % len(ways)]()
-        gc.collect()
-        return descriptors(), len(gc.get_objects()), sys.getallocatedblocks(), resident()
 
-    once(COUNT // 20)
-    before = once(COUNT // 20)
-    after = once(COUNT - COUNT // 10)
-    files, objects, blocks, nbytes = (b - a for a, b in zip(before, after, strict=True))
-    assert files == 0
-    assert objects < 100
-    assert blocks < 300
-    if not (UNDER_ASAN or UNDER_TSAN):  # which keep what was freed for a while
-        assert nbytes < 8 << 20
+def open_url_of(folder: Path) -> Callable[[], None]:
+    """Of an asynchronous file system, as servers are read by."""
+    asyn = pytest.importorskip("fsspec.asyn")
+    fsspec = pytest.importorskip("fsspec")
+
+    class Memory(asyn.AsyncFileSystem):  # type: ignore[misc, name-defined]
+        protocol = "leaks"
+
+        async def _info(self, path: str, **options: Any) -> dict[str, Any]:
+            return {"name": path, "size": len(IMAGE), "type": "file"}
+
+        async def _cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+            return IMAGE[start:end]
+
+    fsspec.register_implementation("leaks", Memory, clobber=True)
+    return partial(read_url, "leaks://disk")
+
+
+WAYS: dict[str, Callable[[Path], Callable[[], None]]] = {
+    "image": lambda folder: partial(read, folder / "disk"),
+    "backing file": lambda folder: partial(read, folder / "top"),
+    "raw backing file": lambda folder: partial(read, folder / "over raw"),
+    "data file": lambda folder: partial(read, folder / "data file"),
+    "raw": lambda folder: partial(read_raw, folder / "raw"),
+    "aes": lambda folder: partial(read_encrypted, folder / "aes"),
+    "snapshot": lambda folder: partial(read_a_snapshot, folder / "moment"),
+    "file object": lambda folder: lambda: read(io.BytesIO(IMAGE)),
+    "remote": lambda folder: lambda: read(Remote(IMAGE)),
+    "url": open_url_of,
+    "no cache": lambda folder: partial(read, folder / "disk", cache_size=0),
+    "all of it": lambda folder: partial(read_all, folder / "disk"),
+    "not closed": lambda folder: partial(forget, folder / "disk"),
+    "no image": lambda folder: partial(fail, fastqcow.FormatError, folder / "no image"),
+    "folder": lambda folder: partial(fail, IsADirectoryError, folder),
+    "file object that fails": lambda folder: lambda: fail(ConnectionError, Failing(IMAGE)),
+    "no password": lambda folder: partial(fail, fastqcow.PasswordError, folder / "aes"),
+    "damaged": lambda folder: partial(fail, fastqcow.FormatError, folder / "damaged"),
+}
+
+
+def left() -> tuple[int, int, int, int]:
+    gc.collect()
+    return descriptors(), len(gc.get_objects()), sys.getallocatedblocks(), allocated_by_c()
+
+
+def nothing_is_left(way: Callable[[], None], count: int) -> None:
+    for _ in range(count // 5):
+        way()
+    before = left()
+    for _ in range(count):
+        way()
+    descriptors, objects, blocks, nbytes = (b - a for a, b in zip(before, left(), strict=True))
+    assert descriptors == 0
+    assert objects < 50
+    assert blocks < 50
+    assert nbytes < 16 << 10
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_10000_images(folder: Path, name: str) -> None:
+    """Descriptors, Python's objects and blocks, and C's memory are as many after hundreds as before, for each way to open one."""
+    if name in ("aes", "no password"):
+        pytest.importorskip("cryptography")
+    nothing_is_left(WAYS[name](folder), COUNT // len(WAYS))
+
+
+def test_images_whose_keys_are_derived(luks: Path) -> None:
+    pytest.importorskip("cryptography")
+    nothing_is_left(partial(read, luks, bytes(1 << 20), password="x"), 50)
+    nothing_is_left(partial(fail, fastqcow.PasswordError, luks, password="y"), 25)
 
 
 def test_every_exception_of_the_bridge(tmp_path: Path) -> None:

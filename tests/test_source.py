@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import gzip
 import io
 import os
 import signal
+import struct
+import sys
 import tempfile
 import threading
 import time
@@ -18,8 +21,10 @@ import pytest
 
 import fastqcow
 from capabilities import descriptors
+from conftest import Qemu
 from fastqcow import _reader
-from images import PAYLOAD, build, compressed_entry, data_entry, deflate, noise, text
+from fastqcow.cli import main
+from images import PAYLOAD, build, compressed_entry, data_entry, deflate, extension, noise, patched, text
 
 CLUSTER = 65536
 TEXT, PLAIN = text(CLUSTER), noise(CLUSTER)
@@ -348,3 +353,129 @@ def test_no_descriptor_is_left_open(path: Path) -> None:
             fastqcow.open(path.parent)
     fastqcow.open(path)  # never closed, but nobody has it any more
     assert descriptors() == before
+
+
+# For reading only
+
+
+def chain(path: Path, base: bytes, fmt: str) -> None:
+    path.write_bytes(build([0] * 3, backing=("middle", "qcow2")))
+    path.with_name("middle").write_bytes(build([0] * 3, backing=("base", fmt)))
+    path.with_name("base").write_bytes(base)
+
+
+def with_data_file(path: Path) -> None:
+    path.write_bytes(patched(build([data_entry(0)], extensions=extension(0x44415441, b"data")), 72, struct.pack(">Q", 4)))
+    path.with_name("data").write_bytes(PLAIN)
+
+
+LAYERS: dict[str, tuple[Callable[[Path], object], set[str]]] = {
+    "image": (lambda path: path.write_bytes(IMAGE), {"disk"}),
+    "backing files": (lambda path: chain(path, IMAGE, "qcow2"), {"disk", "middle", "base"}),
+    "raw backing file": (lambda path: chain(path, PLAIN, "raw"), {"disk", "middle", "base"}),
+    "data file": (with_data_file, {"disk", "data"}),
+    "raw": (lambda path: path.write_bytes(PLAIN), {"disk"}),
+    "AES": (lambda path: path.write_bytes(patched(IMAGE, 32, struct.pack(">I", 1))), {"disk"}),
+    "LUKS": (lambda path: path.with_name("base").write_bytes(IMAGE), {"disk", "base"}),
+}
+
+
+@pytest.fixture(scope="module")
+def luks(qemu: Qemu, tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("luks") / "disk"
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    qemu.img(
+        "create", "-u", "-b", "base", "-F", "qcow2", "-f", "qcow2", "--object", "secret,id=s,data=x", "-o", options, path, "1M"
+    )
+    return path.read_bytes()
+
+
+@pytest.fixture(params=LAYERS)
+def layers(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path, set[Path]]:
+    """The kind of an image, where it is, and its files."""
+    kind, path = request.param, tmp_path / "layers" / "disk"
+    path.parent.mkdir()
+    make, names = LAYERS[kind]
+    make(path)
+    if kind in ("AES", "LUKS"):
+        pytest.importorskip("cryptography")
+    if kind == "LUKS":
+        path.write_bytes(request.getfixturevalue("luks"))
+    return kind, path, {path.with_name(name) for name in names}
+
+
+def descriptors_of(folder: Path) -> dict[Path, int]:
+    """How each file of a folder that this process has open was opened: the bits of all its descriptors."""
+    found: dict[Path, int] = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            path = Path(os.readlink(f"/proc/self/fd/{fd}"))
+            mode = fcntl.fcntl(int(fd), fcntl.F_GETFL) & os.O_ACCMODE
+        except OSError:
+            continue  # the descriptor of the list
+        if path.parent == folder:
+            found[path] = found.get(path, 0) | mode
+    return found
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="this system does not list descriptors")
+def test_layers_are_open_for_reading_only(layers: tuple[str, Path, set[Path]], tmp_path: Path) -> None:
+    kind, path, files = layers
+    expected = dict.fromkeys(files, os.O_RDONLY)
+    seen = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append(descriptors_of(path.parent))
+
+    image = fastqcow.open_raw(path) if kind == "raw" else fastqcow.open(path, password="x" if kind in ("AES", "LUKS") else None)
+    with image:
+        assert descriptors_of(path.parent) == expected
+        image.read()
+        fastqcow.convert(image, tmp_path / "out", progress=progress)
+    assert seen[0] == expected
+    assert descriptors_of(path.parent) == {}
+    if kind != "raw":
+        fastqcow.check(path, report=lambda found: seen.append(descriptors_of(path.parent)))
+    assert all(set(each.values()) == {os.O_RDONLY} for each in seen)
+
+
+opened: list[tuple[Any, int]] | None = None  # what is opened, and how; while somebody wants to know
+
+
+def audit(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and opened is not None:
+        opened.append((arguments[0], arguments[2] & os.O_ACCMODE))
+
+
+@pytest.fixture(scope="module")
+def audited() -> None:
+    sys.addaudithook(audit)  # for ever
+
+
+def test_commands_open_for_reading_only(
+    audited: None, layers: tuple[str, Path, set[Path]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what Python says of each file that it opens: the core opens none."""
+    kind, path, files = layers
+    (tmp_path / "password").write_text("x")
+    options = ["--password-file", str(tmp_path / "password")] if kind in ("AES", "LUKS") else []
+    options, second = (["-f", "raw"], ["-F", "raw"]) if kind == "raw" else (options, [])
+    commands = {
+        "compare": [*options, *second, str(path), str(path)],
+        "convert": [*options, str(path), str(tmp_path / "out")],
+        "check": [str(path)],
+        "snapshot": [str(path)],
+    }
+    if kind != "raw":
+        commands |= {name: [*options, str(path)] for name in ("info", "map", "checksum", "bitmap")}
+    for command, arguments in commands.items():
+        found: list[tuple[Any, int]] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[__name__], "opened", found)
+            code = main([command, *arguments])
+        of_layers = {(Path(name), mode) for name, mode in found if not isinstance(name, int) and Path(name).parent == path.parent}
+        if command in ("check", "snapshot"):
+            assert of_layers == {(path, os.O_RDONLY)}
+        else:
+            assert code == 0
+            assert of_layers == {(file, os.O_RDONLY) for file in files}

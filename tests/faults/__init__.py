@@ -1,4 +1,4 @@
-"""Programs that run while calls of libc fail: see shim.c."""
+"""Programs that run while calls of libc fail: see shim.c. And what is left after them."""
 
 from __future__ import annotations
 
@@ -62,3 +62,17 @@ class Fault:
     @property
     def struck(self) -> bool:
         return self.calls >= self.nth
+
+
+class Mallinfo2(ctypes.Structure):
+    _fields_ = [(f"field_{i}", ctypes.c_size_t) for i in range(10)]
+
+
+def allocated_by_c() -> int:
+    """Bytes; 0 where libc cannot tell, or is not what allocates."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
+    if mallinfo is None or UNDER_ASAN or UNDER_TSAN:
+        return 0
+    mallinfo.restype = Mallinfo2
+    found = mallinfo()
+    return int(found.field_4 + found.field_7)  # hblkhd: mapped, and uordblks: the others

@@ -5,7 +5,6 @@ By this table. A line of a .pyx file that raises, and that no row reaches, fails
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import gc
 import io
@@ -19,7 +18,7 @@ from typing import Any
 import fastqcow
 from capabilities import descriptors
 from fastqcow import _check, _inflate, _l2, _reader, _write
-from faults import UNDER_ASAN, UNDER_TSAN, Fault
+from faults import UNDER_ASAN, Fault, allocated_by_c
 from images import PAYLOAD, build, compressed_entry, data_entry
 
 CLUSTER = 65536
@@ -197,20 +196,6 @@ def unreadable() -> _check.Checker:
     made = checker(file, entries=0)
     made.l1(2 * CLUSTER, 1, 0, 1, 0)
     return made
-
-
-class Mallinfo2(ctypes.Structure):
-    _fields_ = [(f"field_{i}", ctypes.c_size_t) for i in range(10)]
-
-
-def allocated_by_c() -> int:
-    """Bytes; 0 where libc cannot tell, or is not what allocates."""
-    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None)
-    if mallinfo is None or UNDER_ASAN or UNDER_TSAN:
-        return 0
-    mallinfo.restype = Mallinfo2
-    found = mallinfo()
-    return int(found.field_4 + found.field_7)  # hblkhd: mapped, and uordblks: the others
 
 
 COMMON = (None, True, False, b"", "", (), 0, 1, fail, Odd, IMAGE)

@@ -15,9 +15,10 @@ import errno
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import fsspec
 from fsspec.asyn import AsyncFileSystem
@@ -40,7 +41,15 @@ FEW_RANGES = 4  # more are fetched as they are: they lie all over the file, and 
 POLL_SECONDS = 0.05
 
 Range: TypeAlias = tuple[int, int]  # host offset, bytes
-_Block: TypeAlias = "tuple[Future[list[bytes]], int]"  # a piece that is being fetched, or was, and which of its blocks
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class _Block:
+    """Part of a piece that is being fetched, or was: its bytes are there when the piece is done. It does not hold the others."""
+
+    piece: Future[None]
+    data: bytes = b""
 
 
 class _Stream(NamedTuple):
@@ -102,8 +111,9 @@ def _is_async(fs: Any) -> bool:
 
 def _os_error(e: Exception, url: str, host_off: int | None = None) -> OSError:
     """What a file system raised as an OSError that names the URL and the place. (Python makes its kind from the number.)"""
-    # fsspec says of every URL that it cannot ask for that it is not there; then the cause says why.
-    cause = e.__cause__ if isinstance(e, FileNotFoundError) and e.__cause__ else e
+    # fsspec's HTTP says of every URL that it cannot ask for that it is not there; then the cause says why. Others mean it.
+    is_http = isinstance(e.__cause__, OSError) or type(e.__cause__).__module__.startswith("aiohttp")
+    cause = e.__cause__ if isinstance(e, FileNotFoundError) and e.__cause__ and is_http else e
     status = getattr(cause, "status", None)
     if isinstance(cause, FileNotFoundError) or status == 404:
         number, said = errno.ENOENT, os.strerror(errno.ENOENT)
@@ -111,7 +121,8 @@ def _os_error(e: Exception, url: str, host_off: int | None = None) -> OSError:
         number = errno.EACCES if status in (401, 403) else errno.EIO
         said = f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
     else:
-        number = (cause.errno if isinstance(cause, OSError) else None) or errno.EIO
+        unsaid = errno.EACCES if isinstance(cause, PermissionError) else errno.EIO
+        number = (cause.errno if isinstance(cause, OSError) else None) or unsaid
         said = (cause.strerror if isinstance(cause, OSError) else None) or f"{type(cause).__name__} {cause}".rstrip()
     return OSError(number, f"{said} (host offset {host_off:#x})" if host_off else said, url)  # at 0, the file is being opened
 
@@ -192,9 +203,9 @@ class RemoteFile(_UrlFile):
         asked = asyncio.run_coroutine_threadsafe(self._get_by_http(fs, 0, BLOCK), fs.loop)
         self._wait([asked], _never)
         size, data = asked.result()
-        got: Future[list[bytes]] = Future()
-        got.set_result([data])
-        self._blocks[0] = got, 0
+        got: Future[None] = Future()
+        got.set_result(None)
+        self._blocks[0] = _Block(got, data)
         return size
 
     def _ask_size(self) -> int:
@@ -235,15 +246,15 @@ class RemoteFile(_UrlFile):
                 for each in wanted:
                     self._look_ahead(_blocks_of(*each))
             try:
-                self._wait([piece for piece, _ in blocks.values()], stopped)
+                self._wait([block.piece for block in blocks.values()], stopped)
                 return [_from_blocks(blocks, at, nbytes) for at, nbytes in wanted]
             except CancelledError:
                 continue  # by another thread that waited for the same block
 
     def _read_exactly(self, wanted: list[Range], stopped: Callable[[], bool]) -> list[bytes]:
-        pieces = [[self._start(*piece) for piece in _pieces(*each)] for each in wanted]
+        pieces = [[self._start(self._get, *piece) for piece in _pieces(*each)] for each in wanted]
         self._wait([piece for each in pieces for piece in each], stopped)
-        return [b"".join(data for piece in each for data in piece.result()) for each in pieces]
+        return [b"".join(piece.result() for piece in each) for each in pieces]
 
     # Blocks; these are called with the lock
 
@@ -251,20 +262,37 @@ class RemoteFile(_UrlFile):
         """These blocks, fetched, being fetched, or from now on."""
         self._filesystem()
         wanted = set(indices)
-        found = {i: self._blocks[i] for i in wanted & self._blocks.keys() if not _has_failed(self._blocks[i][0])}
+        found = {i: self._blocks[i] for i in wanted & self._blocks.keys() if not _has_failed(self._blocks[i].piece)}
         for i in found:
             self._blocks.move_to_end(i)
         missing = sorted(wanted - found.keys())
         while missing:
             first = missing[0]
             count = next((n for n in range(1, PIECE // BLOCK) if missing[n : n + 1] != [first + n]), PIECE // BLOCK)
-            piece = self._start(first * BLOCK, min(count * BLOCK, self._size - first * BLOCK))
-            for n in range(count):
-                found[first + n] = self._blocks[first + n] = piece, n
+            blocks: dict[int, _Block] = {}
+            piece = self._start(self._fill, blocks, first * BLOCK, min(count * BLOCK, self._size - first * BLOCK))
+            blocks |= {i: _Block(piece) for i in missing[:count]}
+            found |= blocks
+            self._blocks |= blocks
             del missing[:count]
         while len(self._blocks) > CACHE_BLOCKS:
             self._blocks.popitem(last=False)
         return found
+
+    async def _fill(self, blocks: dict[int, _Block], at: int, nbytes: int) -> None:
+        """Fetch a piece, and give each of its blocks bytes of its own. Blocks of what failed are dropped: its exception may hold on
+        to what has come. (All of the blocks are there when the lock is free.)"""
+        try:
+            data = await self._get(at, nbytes)
+        except BaseException:
+            with self._lock.lock:
+                for i, block in blocks.items():
+                    if self._blocks.get(i) is block:
+                        del self._blocks[i]
+            raise
+        with self._lock.lock:
+            for n, block in enumerate(blocks.values()):
+                block.data = bytes(data[n * BLOCK : (n + 1) * BLOCK])
 
     def _look_ahead(self, read: range) -> None:
         """A read has come by: if it continues another one, fetch what is likely to be read next."""
@@ -292,10 +320,10 @@ class RemoteFile(_UrlFile):
             self._blocks.clear()  # some of them are on their way to the parent
         return self._fs
 
-    def _start(self, at: int, nbytes: int) -> Future[list[bytes]]:
-        """Fetch a piece, whose blocks the future then has. Not by fsspec's `sync`, which waits."""
+    def _start(self, request: Callable[..., Coroutine[Any, Any, _T]], *arguments: Any) -> Future[_T]:
+        """Not by fsspec's `sync`, which waits."""
         fs = self._filesystem()
-        return asyncio.run_coroutine_threadsafe(self._get(fs, at, nbytes), fs.loop)
+        return asyncio.run_coroutine_threadsafe(request(*arguments), fs.loop)
 
     def _wait(self, pieces: Sequence[Future[Any]], stopped: Callable[[], bool]) -> None:
         """Until all are there, or one has failed, which raises.
@@ -319,7 +347,8 @@ class RemoteFile(_UrlFile):
             _cancel(left)
             raise
 
-    async def _get(self, fs: Any, at: int, nbytes: int) -> list[bytes]:
+    async def _get(self, at: int, nbytes: int) -> bytes:
+        fs = self._fs
         async with self._gate:
             if self._is_http:
                 total, data = await self._get_by_http(fs, at, nbytes)
@@ -331,7 +360,7 @@ class RemoteFile(_UrlFile):
                 except Exception as e:
                     raise _os_error(e, self.url, at) from e
                 self._check_length(data, at, nbytes)
-        return [data[i : i + BLOCK] for i in range(0, len(data), BLOCK)]
+        return data
 
     async def _get_by_http(self, fs: Any, at: int, nbytes: int) -> tuple[int, bytes]:
         """How long the file is, and its bytes."""
@@ -404,11 +433,7 @@ def _pieces(at: int, nbytes: int) -> list[Range]:
 
 
 def _from_blocks(blocks: dict[int, _Block], at: int, nbytes: int) -> bytes:
-    parts = []
-    for i in _blocks_of(at, nbytes):
-        piece, n = blocks[i]
-        parts.append(piece.result()[n][max(at - i * BLOCK, 0) : at + nbytes - i * BLOCK])
-    return b"".join(parts)
+    return b"".join(blocks[i].data[max(at - i * BLOCK, 0) : at + nbytes - i * BLOCK] for i in _blocks_of(at, nbytes))
 
 
 def _has_failed(piece: Future[Any]) -> bool:
