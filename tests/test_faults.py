@@ -1,6 +1,6 @@
 """What fails below fastqcow, or is done to it from outside: each has one outcome, which docs/faults.md states.
 
-What fails in the core alone (memory, threads, reads and writes at every place) is in c/test_faults.c.
+What fails in the core alone (memory, threads, reads and writes at every place) is in c/test_faults_reading.c and c/test_faults_writing.c.
 """
 
 from __future__ import annotations
