@@ -2,9 +2,9 @@
  * shim.c - calls of libc that fail on demand, put before libc by LD_PRELOAD: for whole processes, Python among them
  *
  * fault_arm("pwrite", 3, ENOSPC, "out") makes the third pwrite from now on fail, of those on files whose path has "out" in it; with
- * the errno 0 it does half of what it was asked for, and with a negative count all from that one on fail. Allocations and threads
- * fail only for fastqcow's modules, and for them alone a "clock" goes a second further at each look, at the nth of which the signal
- * comes whose number stands in place of the errno. fault_calls() tells how many such calls there were.
+ * the errno 0 it does half of what it was asked for, and with a negative count all from that one on fail. With the number of a
+ * signal, negative, in place of the errno that signal comes, and the call goes on. Allocations and threads fail only for fastqcow's
+ * modules, and for them alone a "clock" goes a second further at each look. fault_calls() tells how many such calls there were.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -74,6 +74,10 @@ static int strikes(void)
     const long n = atomic_fetch_add(&calls, 1) + 1;
     const int now = nth < 0 ? n >= -nth : n == nth;
 
+    if (now && error < 0) {
+        raise(-error);
+        return 0;
+    }
     if (now)
         errno = error;
     return now;
@@ -146,8 +150,7 @@ int clock_gettime(clockid_t clock, struct timespec *now)
     const int ret = NEXT(int, "clock_gettime", clockid_t, struct timespec *)(clock, now);
 
     if (is_armed("clock") && is_ours(__builtin_return_address(0))) {
-        if (strikes() && error)
-            raise(error);
+        strikes();
         now->tv_sec += atomic_load(&calls);
     }
     return ret;
