@@ -45,8 +45,8 @@ WAYS: dict[str, dict[str, Any]] = {
     "raw, allocated": {"preallocation": "falloc"},
     "raw, copied": {"copy_offload": True},
     "qcow2": {"format": "qcow2"},
-    "qcow2, zlib": {"format": "qcow2", "compress": True},
-    "qcow2, zstd": {"format": "qcow2", "compress": True, "compression_type": "zstd", "cluster_size": 4096},
+    "qcow2, zlib": {"format": "qcow2", "compress": True, "compression_level": 1},
+    "qcow2, zstd": {"format": "qcow2", "compress": True, "compression_level": 1, "compression_type": "zstd", "cluster_size": 4096},
     "raw, verified": {"verify": True},
     "qcow2, verified": {"format": "qcow2", "verify": True},
 }
