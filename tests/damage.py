@@ -17,11 +17,12 @@ ONES = (1 << 64) - 1
 
 
 class Damage(NamedTuple):
-    """Bytes that stand at a place of the file, or where it ends; and where on the disk that is likely to show."""
+    """Bytes that stand at a place of the file, or where it ends; where on the disk that is likely to show; what it was to hit."""
 
     off: int
     replacement: bytes | None
     guest_off: int | None = None
+    kind: str = ""
 
 
 class Place(NamedTuple):
@@ -68,21 +69,22 @@ class Geometry:
         self.places = [0, l1_off, table_off, *self.tables, *self.others[2:3]]
 
     def damage(self, rng: random.Random, image: bytes) -> Damage:
-        choices: list[tuple[int, Callable[[], Damage | None]]] = [
-            (12, lambda: self.in_header(rng, image)),
-            (8, lambda: self.word(rng, image, *rng.choice(self.l1)) if self.l1 else None),
-            (30, lambda: self.entry(rng, image)),
-            (6, lambda: self.word(rng, image, rng.choice(self.others))),
-            (20, lambda: self.in_stream(rng, image)),
-            (16, lambda: self.bits(rng, image, rng.randrange(self.nbytes))),
-            (5, lambda: Damage(rng.randrange(self.nbytes), None)),
-            (3, lambda: Damage(max(self.nbytes - rng.randrange(2 * self.cluster), 0), None)),
+        choices: list[tuple[int, str, Callable[[], Damage | None]]] = [
+            (12, "header", lambda: self.in_header(rng, image)),
+            (8, "L1 entry", lambda: self.word(rng, image, *rng.choice(self.l1)) if self.l1 else None),
+            (30, "L2 entry", lambda: self.entry(rng, image)),
+            (6, "refcounts, snapshots, extensions", lambda: self.word(rng, image, rng.choice(self.others))),
+            (20, "compressed stream", lambda: self.in_stream(rng, image)),
+            (16, "any byte", lambda: self.bits(rng, image, rng.randrange(self.nbytes))),
+            (5, "cut anywhere", lambda: Damage(rng.randrange(self.nbytes), None)),
+            (3, "cut near the end", lambda: Damage(max(self.nbytes - rng.randrange(2 * self.cluster), 0), None)),
         ]
-        weights, makers = zip(*choices, strict=True)
+        weights = [weight for weight, _, _ in choices]
         while True:
-            made: Damage | None = rng.choices(makers, weights)[0]()
+            _, kind, make = rng.choices(choices, weights)[0]
+            made = make()
             if made and made.off < self.nbytes and image[made.off : made.off + len(made.replacement or b"")] != made.replacement:
-                return made
+                return made._replace(kind=kind)
 
     def in_header(self, rng: random.Random, image: bytes) -> Damage | None:
         off = rng.randrange(self.header)
@@ -155,14 +157,14 @@ def damaged(path: Path, image: bytes, damages: list[Damage]) -> Iterator[None]:
     """The file with the damage in it, and without it again."""
     fd = os.open(path, os.O_RDWR)
     try:
-        for off, replacement, _ in damages:
+        for off, replacement, *_ in damages:
             if replacement is None:
                 os.ftruncate(fd, min(off, os.fstat(fd).st_size))
             else:
                 os.pwrite(fd, replacement, off)
         yield
     finally:
-        for off, replacement, _ in damages:
+        for off, replacement, *_ in damages:
             os.pwrite(fd, image[off:] if replacement is None else image[off : off + len(replacement)], off)
         os.ftruncate(fd, len(image))
         os.close(fd)

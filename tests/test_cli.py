@@ -225,15 +225,13 @@ def test_version() -> None:
 def test_reader_of_our_output_goes_away(tmp_path: Path) -> None:
     path = tmp_path / "many.qcow2"
     path.write_bytes(build([i % 2 for i in range(8192)]))
-    done = subprocess.run(
-        f"{sys.executable} -m fastqcow map --output=json {path} | head -n 1",
-        shell=True,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.startswith("[{")
-    assert done.stderr == ""
+    command = [sys.executable, "-m", "fastqcow", "map", "--output=json", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline().startswith("[{")
+        process.stdout.close()
+        assert process.stderr.read() == ""
 
 
 def test_progress_on_a_terminal_only(path: Path, tmp_path: Path) -> None:

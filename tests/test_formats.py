@@ -1,4 +1,4 @@
-"""docs/formats.md and docs/faults.md claim nothing that no test holds."""
+"""docs/formats.md, docs/faults.md and the findings of docs/trust.md claim nothing that no test holds."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ def rows(page: str) -> list[list[str]]:
 
 
 FORMATS, FAULTS = rows("formats.md"), rows("faults.md")
+FINDINGS = [row for row in rows("trust.md") if "::" in row[-1]]
 
 
 def test_there_are_rows() -> None:
     assert len(FORMATS) > 40
     assert len(FAULTS) > 30
+    assert len(FINDINGS) > 20
 
 
 def check_tests(cell: str) -> int:
@@ -42,8 +44,9 @@ def test_row(row: list[str]) -> None:
     assert check_tests(tests) or state == "not yet"
 
 
-@pytest.mark.parametrize("row", FAULTS, ids=lambda row: row[0].strip())
+@pytest.mark.parametrize("row", FAULTS + FINDINGS, ids=lambda row: row[0].strip())
 def test_fault(row: list[str]) -> None:
+    """What happens, or was found, and what comes of it, or was done about it."""
     fault, outcome, tests = (cell.strip() for cell in row)
     assert fault
     assert outcome

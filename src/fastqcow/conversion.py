@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias, Unpack
 
 from fastqcow.cpus import available_cpus
 from fastqcow.diskfile import DiskFile
+from fastqcow.errors import naming
 from fastqcow.image import VmState
 from fastqcow.image import open as open_image
 from fastqcow.verification import check_before, make_digest, verify_qcow2, verify_raw
@@ -132,7 +133,7 @@ def convert(
         inflated_before = reader.stats()["clusters_inflated"]
         fd, reads_zero = stack.enter_context(_in_place(target, image.size) if _keep(target, in_place) else _replaced(target))
         if reads_zero:
-            with _naming(target):
+            with naming(target):
                 os.truncate(fd, image.size)
                 if (sparse_size == 0 or preallocation != "off") and image.size:
                     reads_zero = _allocate(fd, image.size)
@@ -242,7 +243,7 @@ def _to_qcow2(
 
 def _put(fd: int, data: bytes, target: str) -> None:
     """Write to the start of the target."""
-    with _naming(target):
+    with naming(target):
         done = 0
         while done < len(data):
             count = os.pwrite(fd, data[done:], done)
@@ -260,15 +261,6 @@ def refuse_source(reader: Reader, target: str) -> None:
             if source.identity() == (st.st_dev, st.st_ino):
                 raise ValueError(f"{source.path}: the image is read from this file, so it cannot be the target")
         layer = layer.backing
-
-
-@contextlib.contextmanager
-def _naming(target: str) -> Iterator[None]:
-    """Errors of calls that know a descriptor only get the name of its file."""
-    try:
-        yield
-    except OSError as e:
-        raise OSError(e.errno, e.strerror, target) from None
 
 
 def _keep(target: str, in_place: bool) -> bool:
@@ -292,7 +284,7 @@ def _in_place(target: str, nbytes: int) -> Iterator[tuple[int, bool]]:
                 raise ValueError(f"{target}: the target has {room} bytes, and the image {nbytes}")
         yield fd, False
     finally:
-        with _naming(target):
+        with naming(target):
             os.close(fd)
 
 
@@ -307,16 +299,17 @@ def _replaced(target: str) -> Iterator[tuple[int, bool]]:
         mode = None
     fd = -1
     try:
-        with _naming(target):
+        with naming(target):
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else 0o600)
         try:
             if mode is not None:
-                os.fchmod(fd, mode)
+                with naming(target):
+                    os.fchmod(fd, mode)
             yield fd, True
         finally:
-            with _naming(target):
+            with naming(target):
                 os.close(fd)  # some file systems say only now that there was no room
-        with _naming(target):
+        with naming(target):
             os.replace(temporary, target)
     except BaseException as e:
         if fd >= 0 or not isinstance(e, OSError):  # a signal can come between the file's making and anything else

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 __all__ = [
     "CheckWarning",
@@ -82,6 +87,15 @@ def explain(error: BaseException) -> str:
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])
     return str(error) or ("not enough memory" if isinstance(error, MemoryError) else type(error).__name__)
+
+
+@contextlib.contextmanager
+def naming(target: str) -> Iterator[None]:
+    """Errors of calls that know a descriptor only get the name of its file."""
+    try:
+        yield
+    except OSError as e:
+        raise OSError(e.errno, e.strerror, target) from None
 
 
 def place_text(guest_off: int | None, host_off: int | None, value: int | None) -> str:

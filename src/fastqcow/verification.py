@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from fastqcow._reader import Reader, Source
 from fastqcow.chain import make_options
 from fastqcow.diskfile import DiskFile
-from fastqcow.errors import CheckWarning, FormatError, VerifyError
+from fastqcow.errors import CheckWarning, FormatError, VerifyError, naming
 from fastqcow.image import Image
 from fastqcow.image import open as open_image
 from fastqcow.origin import Origin
@@ -78,11 +78,18 @@ def check_before(disk: DiskFile) -> None:
             )
 
 
-def _settle(fd: int) -> None:
+def _settle(fd: int, target: str) -> None:
     """Have all bytes stored, and those in memory dropped where the system does that."""
-    os.fsync(fd)
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    with naming(target):
+        os.fsync(fd)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _copy(fd: int, target: str) -> int:
+    """A descriptor to read the target by."""
+    with naming(target):
+        return os.dup(fd)
 
 
 def verify_raw(disk: DiskFile, fd: int, target: str, *, is_new: bool, progress: Callable[[int, int], object] | None) -> None:
@@ -90,11 +97,12 @@ def verify_raw(disk: DiskFile, fd: int, target: str, *, is_new: bool, progress: 
 
     Raises:
         VerifyError: it does not hold what the disk does.
+        OSError: it could not be stored, or cannot be read.
     """
-    _settle(fd)
+    _settle(fd, target)
     if is_new and os.fstat(fd).st_size != disk.size:
         raise VerifyError(f"what was written has another length than the disk, which has {disk.size} bytes", path=target)
-    source = Source.from_fd(os.dup(fd), target, True, True)
+    source = Source.from_fd(_copy(fd, target), target, True, True)
     sizes = make_options(threads=disk._open_reader().threads).sizes(largest_cluster=0, layers=1)
     with DiskFile(Reader.raw(source, disk.size, **sizes), Origin(DiskFile, target, {})) as written:
         _compare(disk, written, target, progress)
@@ -108,14 +116,19 @@ def verify_qcow2(
     Raises:
         VerifyError: it does not hold what the disk does.
         Error: it cannot be read.
+        OSError: it could not be stored, or cannot be read.
     """
-    _settle(fd)
-    with io.FileIO(os.dup(fd)) as file:
+    _settle(fd, target)
+    file = io.FileIO(_copy(fd, target))
+    try:
         file.name = target  # what errors say, in place of a number
         with open_image(file, backing=backing, threads=disk._open_reader().threads) as written:
             if written.size != disk.size + 511 & ~511:
                 raise VerifyError(f"what was written has a disk of {written.size} bytes, and not of {disk.size}", path=target)
             _compare(disk, written, target, progress)
+    finally:
+        with naming(target):
+            file.close()
 
 
 def _compare(disk: DiskFile, written: DiskFile, target: str, progress: Callable[[int, int], object] | None) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,18 @@ def run(script: str, *arguments: str | Path, folder: Path, preload: bool = True)
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return done.stdout
+
+
+def tell(injected: Counter[str]) -> None:
+    """What a program prints at its end: how many faults of each class there were."""
+    for what, count in sorted(injected.items()):
+        print(f"{count:8} {what}")
+
+
+def told(said: str) -> Counter[str]:
+    """What `tell` has printed."""
+    lines = (line.split(maxsplit=1) for line in said.splitlines())
+    return Counter({what: int(count) for count, what in lines})
 
 
 class Fault:

@@ -1,4 +1,4 @@
-"""The interpreter ends while daemon threads read; what C does after that takes until somebody writes to standard input."""
+"""The interpreter ends while daemon threads are at work; what C does after that takes until somebody writes to standard input."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fastqcow
+from fastqcow import _reader
 from images import plain_and_compressed
 
 IMAGE, CONTENTS = plain_and_compressed(60)
@@ -31,22 +32,47 @@ class Remote(File):
         return [bytes(data[host_off : host_off + nbytes]) for host_off, nbytes in wanted]
 
 
-def work(image: fastqcow.Image) -> None:
+def read(image: fastqcow.Image) -> None:
+    image.pread(2 << 20, random.randrange(1 << 20))
+    image.pread(5000, random.randrange(3 << 20))
+
+
+def digest(image: fastqcow.Image) -> None:
+    target = f"out-{threading.get_ident()}"
+    fastqcow.convert(image, target, checksum="sha256")
+    fastqcow.convert(image, target, checksum="sha256", format="qcow2")
+
+
+def check(image: fastqcow.Image) -> None:
+    fastqcow.check(image.name)  # which has no refcounts: each cluster is a finding
+
+
+def decrypt(image: fastqcow.Image) -> None:
+    ciphers = {"data": bytes, "counters": bytes, "tweaks": bytes, "vector_keys": bytes}
+    _reader.Crypt("ecb", "plain", 16, by_guest_off=False, **ciphers).decrypt(bytes(1 << 20), 0)
+
+
+def for_ever(work: Callable[[fastqcow.Image], None], image: fastqcow.Image) -> None:
     while True:
-        image.pread(2 << 20, random.randrange(1 << 20))
-        image.pread(5000, random.randrange(3 << 20))
+        work(image)
+
+
+KINDS: dict[str, tuple[Callable[[], Any], Callable[[fastqcow.Image], None]]] = {
+    "path": (lambda: "disk.qcow2", read),
+    "file": (lambda: File(IMAGE), read),
+    "remote": (lambda: Remote(IMAGE), read),
+    "digest": (lambda: "disk.qcow2", digest),
+    "check": (lambda: "disk.qcow2", check),
+    "cipher": (lambda: "disk.qcow2", decrypt),
+}
 
 
 def main(kind: str) -> None:
     Path("disk.qcow2").write_bytes(IMAGE)
-    sources: dict[str, Callable[[], Any]] = {
-        "path": lambda: "disk.qcow2",
-        "file": lambda: File(IMAGE),
-        "remote": lambda: Remote(IMAGE),
-    }
-    images = [fastqcow.open(sources[kind](), threads=4, cache_size=1 << 20) for _ in range(3)]
+    source, work = KINDS[kind]
+    images = [fastqcow.open(source(), threads=4, cache_size=1 << 20) for _ in range(3)]
     for i in range(9):
-        threading.Thread(target=work, args=(images[i % 3],), daemon=True).start()
+        threading.Thread(target=for_ever, args=(work, images[i % 3]), daemon=True).start()
     libc = ctypes.CDLL(None)
     libc.__cxa_atexit(libc.getchar, None, None)
     time.sleep(0.2)

@@ -1,4 +1,8 @@
-"""Allocations of Python fail, from the nth on and for a while: MemoryError or the right bytes, and nothing is left."""
+"""Allocations of Python fail, one or thirty in a row, wherever an operation has one: MemoryError or the right bytes.
+
+Some of the interpreter's own functions raise something else where they have no memory (INSTEAD). And the file that a conversion
+writes beside its target may be left, where there is no memory to remove it either.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,24 @@ import gc
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
 
 import fastqcow
 from capabilities import descriptors
+from faults import tell
 from images import plain_and_compressed
 
 IMAGE, CONTENTS = plain_and_compressed(12)
 DAMAGED = IMAGE[: len(IMAGE) - 100_000]
+OLD = b"what was there before"
+INSTEAD = (
+    (SystemError, "error return without exception set"),
+    (RuntimeError, "can't allocate lock"),
+    (TypeError, "expected str, bytes or os.PathLike object, not PosixPath"),  # os.fspath
+)
 
 
 def read(path: Path) -> None:
@@ -77,48 +89,59 @@ def inflate(path: Path) -> None:
     assert fastqcow.parse_l2(bytes(64), cluster_bits=16).kind[0] == 0
 
 
-def once(operation: Callable[[Path], None], path: Path, nth: int, count: int) -> bool:
-    """The nth allocation and the `count` from there on fail. Whether it was done all the same."""
+def once(operation: Callable[[Path], None], path: Path, nth: int, count: int) -> str | None:
+    """The nth allocation and the `count` from there on fail. What was raised, or None if it was done all the same."""
     files = descriptors()
     _testcapi.set_nomemory(nth, nth + count)
     try:
         operation(path)
     except BaseException as e:
         _testcapi.remove_mem_hooks()
-        frames, error = traceback.extract_tb(e.__traceback__), repr(e)
-        where = frames[-1].filename if frames else ""
-        # Some of the interpreter's own functions take no memory for something else, or forget to say so.
-        named = str(e) in ("error return without exception set", "can't allocate lock")
-        right = isinstance(e, MemoryError) or named or "fastqcow" not in where
+        frames, error, kind = traceback.extract_tb(e.__traceback__), repr(e), type(e)
+        said = str(e)
         del e
     else:
         _testcapi.remove_mem_hooks()
-        return True
-    assert right, (operation.__name__, nth, count, where, error)
+        return None
+    where = frames[-1].filename if frames else ""
+    told = operation.__name__, nth, count, where, error
+    assert kind is MemoryError or (kind, said) in INSTEAD, told
     if where.endswith(".pyx") and descriptors() != files:
         gc.collect()  # elsewhere Python 3.11 itself loses the arguments of a call whose frame has no room
-        assert descriptors() == files, (operation.__name__, nth, count, where, error)
-    return False
+        assert descriptors() == files, told
+    return kind.__name__
 
 
 def main(folder: Path) -> None:
-    path = folder / "disk.qcow2"
+    path, out = folder / "disk.qcow2", folder / "out"
     path.write_bytes(IMAGE)
     path.with_name("damaged.qcow2").write_bytes(DAMAGED)
-    injected = 0
+    injected: Counter[str] = Counter()
     for operation in (read, read_into, read_a_file, look, meet_damage, inflate, write):
         for _ in range(3):
             operation(path)  # what is imported and cached is there
+        whole = out.read_bytes() if operation is write else OLD
         names = sorted(os.listdir(folder))
         for count in (1, 30):  # not all: Python 3.11 unwinds for ever where it never gets any
             nth, done = 1, 0
-            while done < 8 and nth < (500 if operation is write else 3000):  # Python goes on without some of what it asks for
-                done = done + 1 if once(operation, path, nth, count) else 0
-                injected += done == 0
-                nth += 19 if operation is write else 1 if nth < 60 else 11
-        assert sorted(os.listdir(folder)) == names, operation.__name__
+            while done < 8:  # Python goes on without some of what it asks for
+                if operation is write:
+                    out.write_bytes(OLD)
+                raised = once(operation, path, nth, count)
+                if raised:
+                    injected[f"{count} in a row: {raised}"] += 1
+                    assert operation is not write or out.read_bytes() in (OLD, whole)
+                done = 0 if raised else done + 1
+                nth += 1
+        left = [name for name in os.listdir(folder) if name not in names]
+        assert not left or operation is write, left
+        injected["files left"] += len(left)
+        for name in left:
+            assert name.startswith(".out.")
+            assert name.endswith(".part")
+            (folder / name).unlink()
         operation(path)
-    print(injected)
+    tell(injected)
 
 
 if __name__ == "__main__":

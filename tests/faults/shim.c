@@ -2,18 +2,21 @@
  * shim.c - calls of libc that fail on demand, put before libc by LD_PRELOAD: for whole processes, Python among them
  *
  * fault_arm("pwrite", 3, ENOSPC, "out") makes the third pwrite from now on fail, of those on files whose path has "out" in it; with
- * the errno 0 it does half of what it was asked for, and with a negative count all from that one on fail. Allocations and threads
- * fail only for fastqcow's modules. fault_calls() tells how many such calls there were.
+ * the errno 0 it does half of what it was asked for, and with a negative count all from that one on fail. With the number of a
+ * signal, negative, in place of the errno that signal comes, and the call goes on. Allocations and threads fail only for fastqcow's
+ * modules, and for them alone a "clock" goes a second further at each look. fault_calls() tells how many such calls there were.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #include <unistd.h>
 
 static _Atomic(const char *) armed; /* the name of the call; NULL: none */
@@ -71,6 +74,10 @@ static int strikes(void)
     const long n = atomic_fetch_add(&calls, 1) + 1;
     const int now = nth < 0 ? n >= -nth : n == nth;
 
+    if (now && error < 0) {
+        raise(-error);
+        return 0;
+    }
     if (now)
         errno = error;
     return now;
@@ -126,6 +133,27 @@ ssize_t copy_file_range(int from, off64_t *from_off, int to, off64_t *to_off, si
 int rename(const char *from, const char *to)
 {
     return is_armed("rename") && strstr(to, where) && strikes() ? -1 : NEXT(int, "rename", const char *, const char *)(from, to);
+}
+
+int fsync(int fd)
+{
+    return STRIKES_FD("fsync", fd) ? -1 : NEXT(int, "fsync", int)(fd);
+}
+
+int fdatasync(int fd)
+{
+    return STRIKES_FD("fsync", fd) ? -1 : NEXT(int, "fdatasync", int)(fd);
+}
+
+int clock_gettime(clockid_t clock, struct timespec *now)
+{
+    const int ret = NEXT(int, "clock_gettime", clockid_t, struct timespec *)(clock, now);
+
+    if (is_armed("clock") && is_ours(__builtin_return_address(0))) {
+        strikes();
+        now->tv_sec += atomic_load(&calls);
+    }
+    return ret;
 }
 
 int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*fn)(void *), void *arg)

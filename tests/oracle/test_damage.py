@@ -133,10 +133,10 @@ def daemon(qemu: Qemu, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dae
 
 @pytest.fixture(scope="module")
 def outcomes() -> Iterator[collections.Counter[str]]:
-    """How often which of the two has read."""
+    """How often which of the two has read, and what was damaged."""
     found: collections.Counter[str] = collections.Counter()
     yield found
-    print("\n" + "\n".join(f"{count:8} {what}" for what, count in sorted(found.items(), key=lambda item: -item[1])))
+    print("\n" + "\n".join(f"{count:8} {what}" for what, count in found.most_common()))
 
 
 @pytest.mark.filterwarnings("ignore::fastqcow.CorruptWarning")
@@ -159,6 +159,7 @@ def test_damaged_images(
                 asked = [damage.guest_off for damage in damages if damage.guest_off is not None]
                 outcome = compare(daemon, top, options, rng, before or {}, asked)
                 outcomes[outcome] += 1
+                outcomes.update(f"damaged: {damage.kind}" for damage in damages)
                 if outcome in LOOKED_INTO:
                     print(f"\n{outcome}: {image_name}: {path.name} damaged by {told(damages)}")
             except BaseException:
