@@ -14,7 +14,7 @@ from typing import Any
 
 import fastqcow
 from fastqcow import _reader
-from images import plain_and_compressed
+from images import plain_and_compressed, text
 
 IMAGE, CONTENTS = plain_and_compressed(60)
 
@@ -37,10 +37,15 @@ def read(image: fastqcow.Image) -> None:
     image.pread(5000, random.randrange(3 << 20))
 
 
+def large() -> str:
+    """Of clusters that take long enough for the interpreter to be gone when they are done."""
+    Path("large.raw").write_bytes(text(24 << 20))
+    fastqcow.convert(fastqcow.open_raw("large.raw"), "large.qcow2", format="qcow2", compress=True, cluster_size=2 << 20)
+    return "large.qcow2"
+
+
 def digest(image: fastqcow.Image) -> None:
-    target = f"out-{threading.get_ident()}"
-    fastqcow.convert(image, target, checksum="sha256")
-    fastqcow.convert(image, target, checksum="sha256", format="qcow2")
+    fastqcow.convert(image, f"out-{threading.get_ident()}", checksum="sha256", threads=4)
 
 
 def check(image: fastqcow.Image) -> None:
@@ -61,7 +66,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Callable[[fastqcow.Image], None]]] = {
     "path": (lambda: "disk.qcow2", read),
     "file": (lambda: File(IMAGE), read),
     "remote": (lambda: Remote(IMAGE), read),
-    "digest": (lambda: "disk.qcow2", digest),
+    "digest": (large, digest),
     "check": (lambda: "disk.qcow2", check),
     "cipher": (lambda: "disk.qcow2", decrypt),
 }
