@@ -7,6 +7,7 @@
 #include "faults.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/resource.h>
 
 static uint8_t file_made[4 * SIZE];
@@ -202,6 +203,7 @@ static void test_stream_that_is_none(void)
     const fq_write_options o = options_of(&s);
     const int folder = open("/", O_RDONLY);
     struct rlimit before, none = {0};
+    struct pollfd wanted = {.fd = folder, .events = POLLIN};
     fq_written written;
     fq_error error;
 
@@ -209,8 +211,9 @@ static void test_stream_that_is_none(void)
     CHECK(fq_write(NULL, folder, NULL, &o, &written, NULL, &error) == FQ_ERR_READ && error.sys_errno == EISDIR);
     CHECK(getrlimit(RLIMIT_NOFILE, &before) == 0);
     none.rlim_max = before.rlim_max;
-    CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0); /* poll fails, again and again */
-    CHECK(fq_write(NULL, folder, NULL, &o, &written, NULL, &error) == FQ_ERR_READ && error.sys_errno == EINVAL);
+    CHECK(setrlimit(RLIMIT_NOFILE, &none) == 0);
+    if (poll(&wanted, 1, 0) < 0) /* again and again; but not under valgrind, which keeps the limit to itself */
+        CHECK(fq_write(NULL, folder, NULL, &o, &written, NULL, &error) == FQ_ERR_READ && error.sys_errno == EINVAL);
     CHECK(setrlimit(RLIMIT_NOFILE, &before) == 0);
     close(folder);
     close(s.out);
