@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,17 @@ def cluster(workers: int) -> Any:
         yield client
 
 
+def examine(chunk: Any) -> Found:
+    return hashlib.sha256(chunk).digest(), len(re.findall(NEEDLE, chunk))
+
+
 def in_one_process(image: Path, threads: int | None = None) -> list[Found]:
     with fastqcow.open(image, threads=threads) as disk:
-        chunks = (disk.pread(CHUNK, guest_off) for guest_off in range(0, disk.size, CHUNK))
-        return [(hashlib.sha256(chunk).digest(), chunk.count(NEEDLE)) for chunk in chunks]
+        return [examine(disk.pread(CHUNK, guest_off)) for guest_off in range(0, disk.size, CHUNK)]
 
 
 def by_dask(client: Any, image: Path) -> list[Found]:
     from fastqcow.integrations.dask import to_array
-
-    def examine(chunk: Any) -> Found:  # within this function, it is sent as code: workers need not import this module
-        data = chunk.tobytes()
-        return hashlib.sha256(data).digest(), data.count(NEEDLE)
 
     with fastqcow.open(image) as disk:
         array: Any = to_array(disk, CHUNK)
