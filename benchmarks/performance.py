@@ -103,6 +103,10 @@ def targets(threads: int) -> list[Target]:
         Target("memory of `convert -c`: {}", r"memory_of_writing\[(.*)\]", memory, at_most=256, unit=" MiB"),
         Target("memory of a conversion: {}", r"memory_of_convert\[(.*)\]", memory, at_most=128, unit=" MiB"),
         Target("memory of random reads (cache 32 MiB): {}", r"memory_of_random_reads\[(.*)\]", memory, at_most=96, unit=" MiB"),
+        Target("copy over NBD, times qemu-nbd{}", r"nbd_copy()", times_faster("qemu-nbd"), at_least=2),
+        Target("boot over NBD, times qemu-nbd{}", r"nbd_boot()", times_faster("qemu-nbd"), at_least=4),
+        Target("boot over NBD, of nbdkit's raw file{}", r"nbd_boot()", of("nbdkit, raw file"), at_most=1.5),
+        Target("every file, times dissect.hypervisor{}", r"every_file()", times_faster("dissect.hypervisor"), at_least=2),
         Target("`import fastqcow` over bare Python{}", r"import()", more_than("pass", "import fastqcow"), at_most=30, unit=" ms"),
     ]
 
@@ -191,7 +195,9 @@ SECTIONS = {
     "In order": r"sequential.*",
     "Random reads": r"first_time.*|cached.*",
     "A machine that boots": r"boot.*|second_boot.*",
-    "Over NBD": r".*nbd.*",
+    "Over NBD": r"nbd.*",
+    "Every file through dissect": r"every_file",
+    "Many processes, by Dask": r"workers.*",
     "By utilisation, codec and request size": r"utilisation.*",
     "Start": r"import",
 }

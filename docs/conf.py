@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 import fastqcow
@@ -22,9 +23,9 @@ html_title = f"fastqcow {version}"
 myst_heading_anchors = 3
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_mock_imports = [name for name in ("dask", "numpy") if not find_spec(name)]  # which new Pythons do not have yet
 autodoc_default_options = {"members": True, "inherited-members": False, "show-inheritance": True}
 intersphinx_mapping: dict[str, tuple[str, None]] = {}  # nothing is fetched while building
-suppress_warnings = ["myst.xref_missing"]  # links to files of the repository, as README.md
 
 
 def commands(top: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:

@@ -36,6 +36,20 @@ def test_all_is_there() -> None:
         assert getattr(fastqcow, name).__doc__, name
 
 
+def test_the_reference_names_all_that_is_public() -> None:
+    """Of the package and of the integrations, of which not all can be imported everywhere."""
+    reference = (Path(__file__).parents[1] / "docs" / "api.md").read_text()
+    package = Path(__file__).parents[1] / "src" / "fastqcow"
+    public = {f"fastqcow.{name}" for name in fastqcow.__all__}
+    for path in (package / "integrations").rglob("*.py"):
+        module = ".".join(path.relative_to(package.parent).with_suffix("").parts).removesuffix(".__init__")
+        if found := re.search(r"^__all__ = (\[.*?\])", path.read_text(), re.DOTALL | re.MULTILINE):
+            public |= {f"{module}.{name}" for name in ast.literal_eval(found[1])}
+    assert "fastqcow.integrations.dissect.QCow2" in public
+    named = re.findall(r"^\.\. auto(?:class|exception|function):: (\S+)$", reference, re.MULTILINE)
+    assert sorted(named) == sorted(public)
+
+
 def test_typing_files_are_installed() -> None:
     files = {file.name for file in importlib.resources.files(fastqcow).iterdir()}
     assert {"py.typed", "_reader.pyi", "_inflate.pyi", "_l2.pyi"} <= files

@@ -39,15 +39,17 @@ _FEATURES = (
 class Qcow2Options(TypedDict, total=False):
     """What a new image can be asked to be.
 
-    cluster_size: bytes, a power of two from 512 to 2 MiB; 64 KiB by default.
-    compat: "1.1" for version 3 of the format (the default), "0.10" for version 2.
-    compression_type: "zlib" (the default) or "zstd", which is of version 3.
-    compression_level: 1 to 9 for zlib (6), 1 to 19 for zstd (3); or "fast": by ISA-L for zlib, if that is built in, and 1 for zstd.
-    refcount_bits: 1, 2, 4, ... 64; 16 by default.
-    extended_l2: entries with 32 subclusters; for clusters of 16 KiB and more, in version 3.
-    backing_file: its name, as it is to stand in the image: a path that counts from the image's directory. What does not differ from
-        it is not written.
-    backing_format: "qcow2" or "raw"; is never guessed.
+    Attributes:
+        cluster_size: bytes, a power of two from 512 to 2 MiB; 64 KiB by default.
+        compat: "1.1" for version 3 of the format (the default), "0.10" for version 2.
+        compression_type: "zlib" (the default) or "zstd", which is of version 3.
+        compression_level: 1 to 9 for zlib (6), 1 to 19 for zstd (3); or "fast": by ISA-L for zlib, if that is built in, and 1 for
+            zstd.
+        refcount_bits: 1, 2, 4, ... 64; 16 by default.
+        extended_l2: entries with 32 subclusters; for clusters of 16 KiB and more, in version 3.
+        backing_file: its name, as it is to stand in the image: a path that counts from the image's directory. What does not
+            differ from it is not written.
+        backing_format: "qcow2" or "raw"; is never guessed.
     """
 
     cluster_size: int
@@ -82,7 +84,8 @@ class Plan(NamedTuple):
 class RawStream:
     """The bytes of a raw disk as they come from a pipe, once and in order: a source for `convert` to qcow2.
 
-    file: an open binary file with a descriptor, which stays the caller's; what was read from it before is not part of the disk.
+    Args:
+        file: an open binary file with a descriptor, which stays the caller's; what was read from it before is not part of the disk.
     """
 
     def __init__(self, file: object) -> None:
