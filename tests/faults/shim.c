@@ -4,7 +4,7 @@
  * fault_arm("pwrite", 3, ENOSPC, "out") makes the third pwrite from now on fail, of those on files whose path has "out" in it; with
  * the errno 0 it does half of what it was asked for, and with a negative count all from that one on fail. With the number of a
  * signal, negative, in place of the errno that signal comes, and the call goes on. Allocations and threads fail only for fastqcow's
- * modules, and for them alone a "clock" goes a second further at each look. fault_calls() tells how many such calls there were.
+ * modules. A "clock" goes a second further at each look. fault_calls() tells how many such calls there were.
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -149,7 +149,7 @@ int clock_gettime(clockid_t clock, struct timespec *now)
 {
     const int ret = NEXT(int, "clock_gettime", clockid_t, struct timespec *)(clock, now);
 
-    if (is_armed("clock") && is_ours(__builtin_return_address(0))) {
+    if (is_armed("clock")) {
         strikes();
         now->tv_sec += atomic_load(&calls);
     }
