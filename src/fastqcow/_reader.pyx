@@ -593,8 +593,8 @@ cdef class Reader:
 
     def extents(self, uint64_t guest_off, uint64_t end, size_t capacity):
         """Up to `capacity` extents as (guest_off, nbytes, host_off or None, depth, kind)."""
-        cdef fq_extent *found = <fq_extent *>calloc(capacity + 1, sizeof(fq_extent))
         cdef Request request = Request()
+        cdef fq_extent *found = <fq_extent *>calloc(capacity + 1, sizeof(fq_extent))
         cdef fq_error error
         cdef fq_status status
         cdef size_t count

@@ -289,6 +289,10 @@ if _testcapi:
         lambda: without_room_for_one_object(functools.partial(_reader.Source.from_fd, os.dup(NULL), "x", False, False))(),
         MemoryError,
     )
+    ROWS["a map that there is no room for"] = (
+        made_once(lambda r: without_room_for_one_object(lambda: r.extents(0, 9, 10))(), raw),
+        MemoryError,
+    )
 
 
 def interrupt(number: int, frame: object) -> None:

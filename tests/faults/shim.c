@@ -16,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -147,7 +148,7 @@ int fdatasync(int fd)
 
 int clock_gettime(clockid_t clock, struct timespec *now)
 {
-    const int ret = NEXT(int, "clock_gettime", clockid_t, struct timespec *)(clock, now);
+    const int ret = (int)syscall(SYS_clock_gettime, clock, now); /* sanitizers ask for the time before there is a dlsym */
 
     if (is_armed("clock")) {
         strikes();
