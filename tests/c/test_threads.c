@@ -191,7 +191,7 @@ static void test_fork(void)
     image m = make_image(FQ_CODEC_DEFLATE);
     const int fd = temporary_file(m.file, m.nbytes);
     fq_source *source = fq_source_fd(fd, false);
-    fq_reader *volatile reader = open_image(&m, source, NULL, 4, 1 << 20); /* kept, for valgrind to find at the child's end */
+    fq_reader *reader = open_image(&m, source, NULL, 4, 1 << 20);
     uint8_t *whole = malloc(m.size);
     fq_error error;
     pid_t child;
