@@ -71,9 +71,9 @@ def adapted(text: str, here: Path, server: WebServer) -> str:
     overlay = build([0], backing=("base.qcow2", "qcow2"))
     data = (here / "disk.qcow2").read_bytes()
     server.files |= {"disk.qcow2": data, "debian-12.qcow2": data, "base.qcow2": data, "overlay.qcow2": overlay}
-    text = text.replace("/path/to/site-packages", str(Path(fastqcow.__file__).parents[1]))
     text = re.sub(r"https://(cloud\.example\.org|host)/", server.url(""), text)
-    return re.sub(r"(?<=[\s'\"=])/(srv|tmp)/", lambda found: f"{here.parent}/{found[1]}/", text).replace("s3://", "memory://")
+    text = re.sub(r"(?<=[\s'\"=])/(srv|tmp)/", lambda found: f"{here.parent}/{found[1]}/", text).replace("s3://", "memory://")
+    return text.replace("/path/to/site-packages", str(Path(fastqcow.__file__).parents[1]))
 
 
 def need_fsspec(page: str) -> None:
