@@ -52,6 +52,8 @@ typedef struct fq_scratch {
 
 fq_scratch *fq_scratch_get(void); /* NULL without memory */
 void fq_scratch_put(fq_scratch *scratch);
+/* What is not to be kept; NULL is nothing. */
+void fq_scratch_free(fq_scratch *scratch);
 bool fq_scratch_grow(uint8_t **buf, size_t *capacity, size_t nbytes);
 
 /* ---- pool.c: the process's worker threads */

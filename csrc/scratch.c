@@ -67,6 +67,19 @@ static void scratch_trim(uint8_t **buf, size_t *capacity)
     }
 }
 
+void fq_scratch_free(fq_scratch *s)
+{
+    if (!s)
+        return;
+    fq_inflater_free(s->inflater);
+    free(s->in);
+    free(s->out);
+    free(s->gather);
+    free(s->crypt);
+    free(s->remote);
+    free(s);
+}
+
 void fq_scratch_put(fq_scratch *s)
 {
     scratch_trim(&s->in, &s->in_capacity);
@@ -81,15 +94,7 @@ void fq_scratch_put(fq_scratch *s)
         s = NULL;
     }
     pthread_mutex_unlock(&lock);
-    if (s) {
-        fq_inflater_free(s->inflater);
-        free(s->in);
-        free(s->out);
-        free(s->gather);
-        free(s->crypt);
-        free(s->remote);
-        free(s);
-    }
+    fq_scratch_free(s);
 }
 
 /* The old contents are not kept: free and allocate moves no bytes where realloc would. */

@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -227,28 +228,44 @@ class NestedRemote(Nested):
         return [(self.seek(host_off), self.read(nbytes))[1] for host_off, nbytes in wanted]
 
 
+def fails(read: Callable[[], object]) -> None:
+    with pytest.raises(RuntimeError, match="reentrant read"):
+        read()
+
+
 @pytest.mark.parametrize("cache_size", [0, 1 << 20])
 @pytest.mark.parametrize("kind", [Nested, NestedRemote])
 def test_a_read_within_a_read_of_the_same_file_is_an_error(kind: type[Nested], cache_size: int) -> None:
     """It would wait for the cluster, or the lock, that its own thread has in hand."""
-    file = kind(IMAGE)
-    with (
-        fastqcow.open(file, cache_size=cache_size, threads=1) as image,
-        fastqcow.open(file, threads=1) as sibling,
-        fastqcow.open(io.BytesIO(IMAGE)) as other,
-    ):
-        for read in (
-            lambda: image.pread(100, 5),
-            lambda: sibling.pread(100, 5),
-            lambda: list(image.map()),
-            lambda: fastqcow.open(file).close(),
-        ):
-            file.within = read
+    reads: tuple[Callable[[fastqcow.Image, Nested], object], ...] = (
+        lambda image, file: image.pread(100, 5),
+        lambda image, file: list(image.map()),
+        lambda image, file: fastqcow.open(file).close(),
+        lambda image, file: fastqcow.check(file),
+    )
+    for read in reads:
+        file = kind(IMAGE)
+        with fastqcow.open(file, cache_size=cache_size, threads=1) as image:
+            file.within = partial(read, image, file)
             with pytest.raises(RuntimeError, match="reentrant read"):
                 image.pread(100, 5)
-        file.within = lambda: other.pread(100, 5)
+            file.within = partial(fails, partial(read, image, file))
+            assert image.pread(100, 5) == TEXT[5:105]  # nothing has moved the file
+            assert image.read() == CONTENTS
+
+
+@pytest.mark.parametrize("kind", [Nested, NestedRemote])
+def test_a_read_within_a_read_of_another_file(kind: type[Nested]) -> None:
+    file = kind(IMAGE)
+    with (
+        fastqcow.open(file, threads=1) as image,
+        fastqcow.open(file, threads=1) as sibling,
+        fastqcow.open(kind(IMAGE), threads=1) as other,
+    ):
+        file.within = partial(fails, lambda: sibling.pread(100, 5))
         assert image.pread(100, 5) == TEXT[5:105]
-        assert image.read() == CONTENTS
+        file.within = lambda: other.pread(100, 5)
+        assert image.pread(100, 2 * CLUSTER) == PLAIN[:100]
 
 
 def test_a_signal_handler_reads_at_the_position_where_a_read_is(tmp_path: Path) -> None:
@@ -256,13 +273,14 @@ def test_a_signal_handler_reads_at_the_position_where_a_read_is(tmp_path: Path) 
     found = []
     file = Nested(IMAGE)
     with fastqcow.open(file, threads=1) as image:
-        before = signal.signal(signal.SIGUSR1, lambda *_: found.append(image.seek(0, os.SEEK_CUR)))
+        before = signal.signal(signal.SIGUSR1, lambda *_: found.append(image.seek(5, os.SEEK_CUR)))
         try:
             file.within = lambda: signal.raise_signal(signal.SIGUSR1)
             assert image.read(100) == TEXT[:100]
+            assert image.tell() == 100
         finally:
             signal.signal(signal.SIGUSR1, before)
-    assert found == [0]
+    assert found == [5]
 
 
 def test_opening_a_file_object_that_another_image_reads() -> None:

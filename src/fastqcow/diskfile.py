@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fastqcow import _reader
@@ -60,7 +61,8 @@ class DiskFile(io.RawIOBase):
         self._start = start
         self._size = reader.size - start
         self._position = 0
-        self._position_lock = ForkSafeLock()
+        # Reads go on from where they began, so a signal handler may read and seek meanwhile; that does not move them.
+        self._position_lock = ForkSafeLock(threading.RLock)
 
     @property
     def name(self) -> str:
@@ -148,9 +150,10 @@ class DiskFile(io.RawIOBase):
         """Read `size` bytes from the position on, all that are left if it is negative or None."""
         self._open_reader()
         with self._position_lock.lock:
-            left = max(self.size - self._position, 0)
-            data = self.pread(left if size is None or size < 0 else min(size, left), self._position)
-            self._position += len(data)
+            start = self._position
+            left = max(self.size - start, 0)
+            data = self.pread(left if size is None or size < 0 else min(size, left), start)
+            self._position = start + len(data)
         return data
 
     def readall(self) -> bytes:
@@ -159,8 +162,9 @@ class DiskFile(io.RawIOBase):
     def readinto(self, buffer: Writable, /) -> int:
         self._open_reader()
         with self._position_lock.lock:
-            count = self.preadv((buffer,), self._position)
-            self._position += count
+            start = self._position
+            count = self.preadv((buffer,), start)
+            self._position = start + count
         return count
 
     def write(self, buffer: Readable, /) -> NoReturn:

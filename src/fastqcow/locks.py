@@ -10,15 +10,22 @@ from __future__ import annotations
 import os
 import threading
 import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 __all__ = ["ForkSafeLock", "for_file"]
 
 
 class ForkSafeLock:
-    """Has a lock, to be taken as `with x.lock:`; also by a signal handler of the thread that holds it."""
+    """Has a lock, to be taken as `with x.lock:`. With threading.RLock as `make` a signal handler may take it that runs within the
+    thread which holds it: what it protects has to bear that.
+    """
 
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
+    def __init__(self, make: Callable[[], threading.Lock | threading.RLock] = threading.Lock) -> None:
+        self.make = make
+        self.lock = make()
         _all.add(self)
 
 
@@ -39,7 +46,7 @@ def for_file(file: object) -> ForkSafeLock:
 
 def _renew() -> None:
     for each in list(_all):
-        each.lock = threading.RLock()
+        each.lock = each.make()
 
 
 if hasattr(os, "register_at_fork"):

@@ -282,15 +282,8 @@ static void give_back_scratches(void)
     atomic_store(&calls, 0);
     atomic_store(&nth, 1);
     atomic_store(&armed, true);
-    for (fq_scratch *s; (s = fq_scratch_get());) {
-        fq_inflater_free(s->inflater);
-        free(s->in);
-        free(s->out);
-        free(s->gather);
-        free(s->crypt);
-        free(s->remote);
-        free(s);
-    }
+    for (fq_scratch *s; (s = fq_scratch_get());)
+        fq_scratch_free(s);
     atomic_store(&armed, false);
 }
 

@@ -1,6 +1,6 @@
 """Each way that an exception takes through the bridge is taken hundreds of times, and leaves nothing.
 
-By this table. A line of a .pyx file that raises, turns a status into an exception, catches one, or calls what may raise (a function
+By this table. A line of the bridge that raises, turns a status into an exception, catches one, or calls what may raise (a function
 of Python's, or one that was handed in), and that no row reaches, fails it. (What callbacks do when there is no interpreter any more
 is in ending.py.)
 """
@@ -37,6 +37,7 @@ IMAGE = build([compressed_entry(AT, 3000, 16), data_entry(AT), data_entry(AT + 5
 SOUND = Path("sound.qcow2")  # half a gigabyte: zeroes, a cluster of data, and so on
 SOUND.write_bytes(build([0, data_entry(AT)] * 4096, b"x" * CLUSTER))
 SOURCES = Path(__file__).parents[2] / "src" / "fastqcow"
+BRIDGE = (".pyx", ".pxi")
 SIZES: dict[str, Any] = {"threads": 1, "largest_cluster": CLUSTER, "cluster_cache_nbytes": 1 << 20, "table_cache_nbytes": 1 << 20}
 WARM_UP, LOOPS = 40, 500
 
@@ -328,7 +329,7 @@ def try_it(name: str, reached: set[tuple[str, int]] | None = None) -> None:
         at = e.__traceback__
         while reached is not None and at is not None:
             file = at.tb_frame.f_code.co_filename
-            if file.endswith(".pyx"):
+            if file.endswith(BRIDGE):
                 reached.add((os.path.basename(file), at.tb_lineno))
             at = at.tb_next
         return
@@ -342,7 +343,8 @@ def ways_out() -> dict[tuple[str, int], str]:
     pattern = re.compile(rf"{own}|[^#]*\b({of_python}|{of_users})\(")
     return {
         (path.name, number): line.strip()
-        for path in SOURCES.glob("*.pyx")
+        for path in SOURCES.iterdir()
+        if path.suffix in BRIDGE
         for number, line in enumerate(path.read_text().splitlines(), 1)
         if pattern.match(line)
     }

@@ -106,7 +106,7 @@ def once(operation: Callable[[Path], None], path: Path, nth: int, count: int) ->
     where = frames[-1].filename if frames else ""
     told = operation.__name__, nth, count, where, error
     assert kind is MemoryError or (kind, said) in INSTEAD, told
-    if where.endswith(".pyx") and descriptors() != files:
+    if where.endswith((".pyx", ".pxi")) and descriptors() != files:
         gc.collect()  # elsewhere Python 3.11 itself loses the arguments of a call whose frame has no room
         assert descriptors() == files, told
     return kind.__name__

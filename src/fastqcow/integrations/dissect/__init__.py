@@ -13,6 +13,7 @@ from __future__ import annotations
 import io
 import struct
 import sys
+import threading
 import weakref
 from contextlib import contextmanager
 from functools import cached_property
@@ -371,7 +372,7 @@ class QCow2Stream(AlignedStream):  # type: ignore[misc]
         super().__init__(reader.size, align=qcow2.cluster_size)
         self._pread, self._preadv = reader.pread, reader.preadv
         self._position = 0
-        self._position_lock = ForkSafeLock()
+        self._position_lock = ForkSafeLock(threading.RLock)  # as that of a DiskFile
 
     @property
     def l1_table(self) -> list[int]:
@@ -396,14 +397,16 @@ class QCow2Stream(AlignedStream):  # type: ignore[misc]
 
     def read(self, n: int | None = -1) -> bytes:
         with self._position_lock.lock:
-            data = self._pread(self._nbytes(n), self._position)
-            self._position += len(data)
+            start = self._position
+            data = self._pread(self._nbytes(n), start)
+            self._position = start + len(data)
             return data
 
     def readinto(self, b: Writable) -> int:
         with self._position_lock.lock:
-            count = self._preadv((b,), self._position)
-            self._position += count
+            start = self._position
+            count = self._preadv((b,), start)
+            self._position = start + count
             return count
 
     def readall(self) -> bytes:
