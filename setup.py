@@ -94,14 +94,14 @@ def extensions() -> list[Extension]:
     built_in = {"libdeflate": "FQ_HAVE_LIBDEFLATE", "libisal": "FQ_HAVE_ISAL"}
     macros: list[tuple[str, str | None]] = [(macro, "1") for name, macro in built_in.items() if name in names]
     writing = ["digest", "encode", "export", "space", "write"]
-    reading = ["ahead", "batch", "cache", "crypt", "inflate", "l2", "reader", "remote"]
+    reading = ["ahead", "batch", "cache", "codes", "crypt", "deflate", "inflate", "l2", "reader", "remote"]
     shared = ["pool", "pwrite", "scratch", "source", "status"]
 
     def extension(name: str, core: list[str], libraries: list[str] = link) -> Extension:
         return Extension(
             f"fastqcow.{name}",
             sources=[f"src/fastqcow/{name}.pyx", *(f"csrc/{c}.c" for c in core)],
-            depends=["csrc/check.h", "csrc/fastqcow.h", "csrc/internal.h", "csrc/layout.h"],
+            depends=["csrc/check.h", "csrc/deflate.h", "csrc/fastqcow.h", "csrc/internal.h", "csrc/layout.h"],
             include_dirs=["csrc", *include],
             define_macros=macros,
             extra_compile_args=[
@@ -119,7 +119,7 @@ def extensions() -> list[Extension]:
 
     found = [
         extension("_l2", ["layout", "status"]),
-        extension("_inflate", ["inflate", "scratch", "status"]),
+        extension("_inflate", ["codes", "deflate", "inflate", "scratch", "status"]),
         extension("_check", ["check", "refcounts", "source", "status"]),
         extension("_reader", [*reading, *writing, *shared]),
         extension("_write", []),  # what it calls is in _reader: the threads and caches of a process are there once

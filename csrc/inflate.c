@@ -1,11 +1,11 @@
 /*
  * inflate.c - one compressed cluster to one cluster
  *
- * Deflate is tried with libdeflate, which is over twice as fast as libz but only knows whole streams: it fails where the stream
- * goes on past the cluster, or stops without an end mark. QEMU takes both (it asks of libz only that the cluster be full), so
- * whatever libdeflate does not take is put to libz, and libz's verdict is the verdict. The second try costs time on damaged
- * clusters alone. The other way round a difference is left: libdeflate takes some streams that no encoder writes and libz refuses,
- * for symbols and codes that mean nothing (fuzz/inflater.h says which). To find them takes to inflate a second time.
+ * Deflate is tried with libdeflate, which is over twice as fast as libz, or with our own inflater where it cannot be told
+ * beforehand that libdeflate takes no stream that libz refuses (deflate.c says why). Both only know whole streams: they fail where
+ * the stream goes on past the cluster, or stops without an end mark. QEMU takes both (it asks of libz only that the cluster be
+ * full), so whatever they do not take is put to libz, and libz's verdict is the verdict. The second try costs time on damaged
+ * clusters alone.
  *
  * A stream that is longer than a cluster goes to libz alone. No encoder keeps one, but somebody may make one to keep us busy: of
  * nothing but codes to be built, which takes libdeflate several times as long.
@@ -17,7 +17,7 @@
  * that QEMU uses would allocate a window of up to 128 MiB where a frame asks for one. The verdicts are the same but for that
  * bound, which is therefore checked here: without a content size in the frame's header, QEMU takes windows up to 2^27 bytes.
  *
- * An inflater keeps all three libraries' states, made on first use: making them costs as much as inflating a small cluster.
+ * An inflater keeps all of their states, made on first use: making them costs as much as inflating a small cluster.
  */
 #include "internal.h"
 
@@ -38,6 +38,7 @@ struct fq_inflater {
     ZSTD_DCtx *zstd;
 #ifdef FQ_HAVE_LIBDEFLATE
     struct libdeflate_decompressor *libdeflate;
+    fq_deflate *own;
 #endif
 };
 
@@ -56,6 +57,7 @@ void fq_inflater_free(fq_inflater *s)
 #ifdef FQ_HAVE_LIBDEFLATE
     if (s->libdeflate)
         libdeflate_free_decompressor(s->libdeflate);
+    free(s->own);
 #endif
     free(s);
 }
@@ -83,15 +85,31 @@ static fq_status inflate_libz(fq_inflater *s, const uint8_t *in, size_t in_nbyte
     return s->libz.avail_out == 0 ? FQ_OK : FQ_ERR_INFLATED_SHORT;
 }
 
+#ifdef FQ_HAVE_LIBDEFLATE
+static bool inflate_libdeflate(fq_inflater *s, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t out_nbytes)
+{
+    if (!s->libdeflate && !(s->libdeflate = libdeflate_alloc_decompressor()))
+        return false;
+    return libdeflate_deflate_decompress(s->libdeflate, in, in_nbytes, out, out_nbytes, NULL) == LIBDEFLATE_SUCCESS;
+}
+
+static bool inflate_own(fq_inflater *s, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t out_nbytes)
+{
+    if (!s->own && !(s->own = fq_deflate_new()))
+        return false;
+    return fq_deflate_run(s->own, in, in_nbytes, out, out_nbytes);
+}
+#endif
+
 static fq_status inflate_deflate(fq_inflater *s, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t out_nbytes)
 {
 #ifdef FQ_HAVE_LIBDEFLATE
-    if (in_nbytes > out_nbytes + SLACK_NBYTES)
-        return inflate_libz(s, in, in_nbytes, out, out_nbytes);
-    if (!s->libdeflate)
-        s->libdeflate = libdeflate_alloc_decompressor();
-    if (s->libdeflate && libdeflate_deflate_decompress(s->libdeflate, in, in_nbytes, out, out_nbytes, NULL) == LIBDEFLATE_SUCCESS)
-        return FQ_OK;
+    if (in_nbytes <= out_nbytes + SLACK_NBYTES) {
+        const bool is_one_block = fq_deflate_is_one_block(in, in_nbytes);
+
+        if ((is_one_block ? inflate_libdeflate : inflate_own)(s, in, in_nbytes, out, out_nbytes))
+            return FQ_OK;
+    }
 #endif
     return inflate_libz(s, in, in_nbytes, out, out_nbytes);
 }

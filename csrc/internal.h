@@ -27,6 +27,18 @@ uint64_t fq_source_run(const fq_source *source, uint64_t host_off, uint64_t nbyt
 /* Let the kernel copy a range to a descriptor, by sharing its blocks if it can. Whether it did; a part may be written if not. */
 bool fq_source_copy(const fq_source *source, uint64_t host_off, int fd, uint64_t off, uint64_t nbytes);
 
+/* ---- deflate.c: streams of deflate about which libz and libdeflate are of one opinion; with libdeflate only */
+
+/* Whether it starts with its only block, and libz and libdeflate give the same verdict and bytes if it ends where the cluster does.
+ */
+bool fq_deflate_is_one_block(const uint8_t *in, size_t in_nbytes);
+
+typedef struct fq_deflate fq_deflate; /* for one thread at a time; free() frees it */
+
+fq_deflate *fq_deflate_new(void); /* NULL without memory */
+/* Whether the stream was inflated; then libz gives the same bytes. If not, `out` may hold anything, and libz is to be asked. */
+bool fq_deflate_run(fq_deflate *state, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t out_nbytes);
+
 /* ---- inflate.c: the codecs' states, for one thread at a time; made on first use, kept for the next cluster */
 
 typedef struct fq_inflater fq_inflater;
