@@ -19,6 +19,7 @@ from pathlib import Path
 import zstandard
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import streams
 from images import (
     COPIED,
     L1,
@@ -31,7 +32,6 @@ from images import (
     deflate,
     extension,
     noise,
-    only_libdeflate_takes,
     patched,
     snapshot_entry,
     text,
@@ -175,8 +175,8 @@ def streams_of_libz() -> Iterator[bytes]:
             stream = encoder.compress(data[: nbytes // 2]) + encoder.flush(zlib.Z_FULL_FLUSH if level == 9 else zlib.Z_NO_FLUSH)
             stream += encoder.compress(data[nbytes // 2 :]) + encoder.flush()
             yield struct.pack(">H", nbytes - 1) + stream
-    stream, out = only_libdeflate_takes()
-    yield struct.pack(">H", len(out) - 1) + stream
+    for stream in (*streams.PLAIN.values(), *streams.ODD.values()):
+        yield struct.pack(">H", streams.NBYTES - 1) + stream
 
 
 def streams_of_libzstd() -> Iterator[bytes]:

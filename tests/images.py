@@ -108,18 +108,6 @@ def deflate(data: bytes, *, window_bits: int = 12, level: int = 6) -> bytes:
     return encoder.compress(data) + encoder.flush()
 
 
-def only_libdeflate_takes() -> tuple[bytes, bytes]:
-    """A stream with the length symbol 286, which libz refuses and libdeflate takes for 258; and its 512 bytes."""
-
-    def literals(count: int) -> str:
-        return f"{0x30 + ord('a'):08b}" * count
-
-    length_258_from_1_back = f"{0b11000000 + 286 - 280:08b}" + "00000"
-    bits = "1" + "10" + literals(1) + length_258_from_1_back + literals(512 - 259) + "0000000"
-    stream = bytes(int(bits[i : i + 8].ljust(8, "0")[::-1], 2) for i in range(0, len(bits), 8))
-    return stream, b"a" * 512
-
-
 def text(nbytes: int, seed: int = 0) -> bytes:
     """Compressible bytes that differ from place to place."""
     rng = random.Random(seed)

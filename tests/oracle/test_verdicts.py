@@ -15,6 +15,7 @@ import pytest
 import zstandard
 
 import fastqcow
+import streams
 from cases import TRUNCATED, Case, check
 from conftest import Qemu
 from images import (
@@ -92,6 +93,8 @@ DEFLATE = {
     "cut by the end of the file": Case(one_stream(deflate(TEXT)[:-2000], sectors_of=60_000, after=b""), None, TRUNCATED),
     "starts beyond the end of the file": Case(build([compressed_entry(AT + CLUSTER, 3000, 16)]), None),
     "starts beyond any file": Case(build([compressed_entry((1 << 54) - 512, 512, 16)]), None),
+    **{name: Case(one_stream(stream), streams.CONTENT) for name, stream in streams.PLAIN.items()},
+    **{name: Case(one_stream(stream), None) for name, stream in streams.ODD.items()},
 }
 ZSTD = {
     "as QEMU writes it": Case(one_stream(frame(TEXT), zstd=True), TEXT),
