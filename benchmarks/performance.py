@@ -236,7 +236,7 @@ def page(results: dict[str, Info], run: dict[str, Any], plots: dict[str, str]) -
     yield f"- Run: {run['datetime'][:10]}"
     yield "- Images: zlib, a real Debian system, 1 GiB with 152 MB in 2,315 compressed clusters, written by qemu-img; zstd, the"
     yield "  same disk; large zlib and large zstd, 640 MiB of a machine's files in ext4"
-    yield "- The limit: the same clusters inflated from memory, by libdeflate or libzstd, with nothing around\n"
+    yield "- The limit: the same clusters inflated from memory by `fastqcow.inflate_into`, with nothing around\n"
     yield "## Targets\n"
     yield from target_rows(results, available_cpus())
     for title, tests in SECTIONS.items():

@@ -161,40 +161,47 @@ bool fq_build_distances(uint32_t table[DISTANCE_ENTRIES], const uint8_t *word_nb
     return build(table, DISTANCE_ENTRIES, DISTANCE_NBITS, DISTANCES, word_nbits, count);
 }
 
-bool fq_read_word_lengths(stream *s, uint8_t word_nbits[WORDS_MAX], unsigned *lengths, unsigned *distances)
+/* The table of the code that the lengths of the other codes' words are written in. */
+static inline bool read_precode(stream *s, uint32_t table[PRECODE_ENTRIES], unsigned precodes)
 {
     static const uint8_t order[PRECODES] = {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
-    uint8_t precode_nbits[PRECODES] = {0};
-    uint32_t precode[PRECODE_ENTRIES];
-    unsigned count, precodes;
+    uint8_t word_nbits[PRECODES] = {0};
 
-    *lengths = take(s, 5) + 257;
-    *distances = take(s, 5) + 1;
-    precodes = take(s, 4) + 4;
-    if (*lengths > LENGTH_CODES_MAX || *distances > DISTANCE_CODES_MAX)
-        return false;
     for (unsigned i = 0; i < precodes; i++) {
         if (i % 16 == 0 && !refill(s))
             return false;
-        precode_nbits[order[i]] = (uint8_t)take(s, 3);
+        word_nbits[order[i]] = (uint8_t)take(s, 3);
     }
-    if (!build(precode, PRECODE_ENTRIES, PRECODE_NBITS, PRECODE, precode_nbits, PRECODES))
+    return build(table, PRECODE_ENTRIES, PRECODE_NBITS, PRECODE, word_nbits, PRECODES);
+}
+
+bool fq_read_word_lengths(stream *from, uint8_t word_nbits[WORDS_MAX], unsigned *lengths, unsigned *distances)
+{
+    stream s = *from; /* in registers */
+    uint32_t precode[PRECODE_ENTRIES];
+    unsigned count;
+
+    *lengths = take(&s, 5) + 257;
+    *distances = take(&s, 5) + 1;
+    if (*lengths > LENGTH_CODES_MAX || *distances > DISTANCE_CODES_MAX || !read_precode(&s, precode, take(&s, 4) + 4))
         return false;
     count = *lengths + *distances;
     for (unsigned i = 0; i < count;) {
+        uint32_t entry;
         unsigned symbol, times;
 
-        if (s->bit_count < PRECODE_NBITS + 7 && !refill(s))
+        if (s.bit_count < PRECODE_NBITS + 7 && !refill(&s))
             return false;
-        symbol = entry_value(precode[low_bits(s->bits, PRECODE_NBITS)]);
-        take(s, entry_nbits(precode[low_bits(s->bits, PRECODE_NBITS)]));
+        entry = precode[low_bits(s.bits, PRECODE_NBITS)];
+        take(&s, entry_nbits(entry));
+        symbol = entry_value(entry);
         if (symbol < 16) {
             word_nbits[i++] = (uint8_t)symbol;
             continue;
         }
         if (symbol == 16 && i == 0)
             return false;
-        times = symbol == 16 ? 3 + take(s, 2) : symbol == 17 ? 3 + take(s, 3) : 11 + take(s, 7);
+        times = symbol == 16 ? 3 + take(&s, 2) : symbol == 17 ? 3 + take(&s, 3) : 11 + take(&s, 7);
         if (times > count - i)
             return false;
         if (symbol == 16)
@@ -205,6 +212,7 @@ bool fq_read_word_lengths(stream *s, uint8_t word_nbits[WORDS_MAX], unsigned *le
             memset(word_nbits + i, 0, REPEAT_MAX);
         i += times;
     }
+    *from = s;
     return word_nbits[END_OF_BLOCK] != 0;
 }
 

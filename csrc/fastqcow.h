@@ -79,7 +79,7 @@ typedef struct fq_error {
 /* ---- Inflation (inflate.c, scratch.c) */
 
 typedef enum fq_codec {
-    FQ_CODEC_DEFLATE,      /* raw deflate by the fastest engine built in */
+    FQ_CODEC_DEFLATE,      /* raw deflate by the fastest engine built in, which has the reference's verdict and bytes */
     FQ_CODEC_DEFLATE_LIBZ, /* raw deflate by libz, the reference */
     FQ_CODEC_ZSTD,
     FQ_CODEC_COUNT

@@ -45,11 +45,12 @@ static inline void fill(uint8_t *to, size_t nbytes, uint32_t seed)
     }
 }
 
-static inline size_t deflate_raw(const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t room)
+/* With memory_level 1 a block ends every 127 symbols, with 9 not before a cluster does. */
+static inline size_t deflate_raw(const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t room, int memory_level)
 {
     z_stream z = {.next_in = (Bytef *)in, .avail_in = (uInt)in_nbytes, .next_out = out, .avail_out = (uInt)room};
 
-    CHECK(deflateInit2(&z, 6, Z_DEFLATED, -12, 9, Z_DEFAULT_STRATEGY) == Z_OK);
+    CHECK(deflateInit2(&z, 6, Z_DEFLATED, -12, memory_level, Z_DEFAULT_STRATEGY) == Z_OK);
     CHECK(deflate(&z, Z_FINISH) == Z_STREAM_END);
     deflateEnd(&z);
     return z.total_out;
@@ -85,7 +86,7 @@ static inline image make_image(fq_codec codec)
 
             fill(cluster, CLUSTER, i);
             n = codec == FQ_CODEC_ZSTD ? ZSTD_compress(m.file + at, CLUSTER, cluster, CLUSTER, 3)
-                                       : deflate_raw(cluster, CLUSTER, m.file + at, CLUSTER);
+                                       : deflate_raw(cluster, CLUSTER, m.file + at, CLUSTER, i % 2 ? 1 : 9);
             store_be64(entry, FQ_L2_COMPRESSED | ((at % 512 + n + 511) / 512 - 1) << (62 - (BITS - 8)) | at);
             at += n;
         } else if (i % 5 == 2) {

@@ -25,21 +25,34 @@ static void test_sentences(void)
     CHECK(strcmp(fq_status_sentence((fq_status)12345), "an unknown status") == 0);
 }
 
+/* The codec has the verdict and the bytes of libz. */
+static void check_against_libz(fq_codec codec, const uint8_t *in, size_t in_nbytes, const uint8_t *out, size_t out_nbytes,
+                               fq_status found)
+{
+    uint8_t *control = malloc(out_nbytes);
+
+    CHECK(codec == FQ_CODEC_ZSTD || fq_inflate(FQ_CODEC_DEFLATE_LIBZ, in, in_nbytes, control, out_nbytes) == found);
+    CHECK(codec == FQ_CODEC_ZSTD || found != FQ_OK || memcmp(out, control, out_nbytes) == 0);
+    free(control);
+}
+
 /* Input and output end at guard pages, for every length of the input: no codec reads or writes past its buffer. */
-static void test_inflate_within_its_buffers(fq_codec codec)
+static void test_inflate_within_its_buffers(fq_codec codec, int memory_level)
 {
     enum { OUT = 8192 };
     uint8_t *plain = malloc(OUT), *stream = malloc(2 * OUT), *out = guarded(OUT);
     size_t nbytes;
 
     fill(plain, OUT, 1);
-    nbytes = codec == FQ_CODEC_ZSTD ? ZSTD_compress(stream, 2 * OUT, plain, OUT, 3) : deflate_raw(plain, OUT, stream, 2 * OUT);
+    nbytes = codec == FQ_CODEC_ZSTD ? ZSTD_compress(stream, 2 * OUT, plain, OUT, 3)
+                                    : deflate_raw(plain, OUT, stream, 2 * OUT, memory_level);
     for (size_t cut = 0; cut <= nbytes; cut += cut + 40 < nbytes ? 37 : 1) {
         uint8_t *in = guarded(cut + 1) + 1;
         const fq_status status = (memcpy(in, stream, cut), fq_inflate(codec, in, cut, out, OUT));
 
         CHECK(cut < nbytes || status == FQ_OK);
         CHECK(status != FQ_OK || memcmp(out, plain, OUT) == 0);
+        check_against_libz(codec, in, cut, out, OUT, status);
         unguard(in - 1, cut + 1);
     }
     for (size_t i = 0; i < nbytes; i += 3) {
@@ -47,7 +60,7 @@ static void test_inflate_within_its_buffers(fq_codec codec)
 
         memcpy(in, stream, nbytes);
         in[i] ^= (uint8_t)(1 << i % 8);
-        fq_inflate(codec, in, nbytes, out, OUT);
+        check_against_libz(codec, in, nbytes, out, OUT, fq_inflate(codec, in, nbytes, out, OUT));
         unguard(in, nbytes);
     }
     CHECK(fq_inflate(codec, stream, nbytes, out, OUT) == FQ_OK); /* the state is good after all that */
@@ -378,7 +391,8 @@ int main(void)
 {
     test_sentences();
     for (int codec = 0; codec < FQ_CODEC_COUNT; codec++) {
-        test_inflate_within_its_buffers((fq_codec)codec);
+        for (int memory_level = 1; memory_level <= 9; memory_level += 8)
+            test_inflate_within_its_buffers((fq_codec)codec, memory_level);
         test_damage((fq_codec)codec);
         test_reads((fq_codec)codec, 1, 0);
         test_reads((fq_codec)codec, 4, 4 << 20);
