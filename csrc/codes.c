@@ -134,7 +134,7 @@ static inline bool build(uint32_t *table, unsigned entries_max, unsigned table_n
     if (!order_words(&c, word_nbits, count))
         return false;
     if (c.room > 0) {
-        if (of != DISTANCES || c.words > 1 || c.counts[1] != c.words)
+        if (of != DISTANCES || c.counts[1] != c.words)
             return false;
         build_sparse(table, table_nbits, of, &c);
         return true;

@@ -291,7 +291,7 @@ bool fq_deflate_run(fq_deflate *s, const uint8_t *in, size_t in_nbytes, uint8_t 
             good = false;
         }
     } while (good && !is_last);
-    return good && s->out == s->out_end && refill(&s->from);
+    return good && s->out == s->out_end; /* the last end mark may be cut off */
 }
 
 fq_deflate *fq_deflate_new(void)

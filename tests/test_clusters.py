@@ -107,6 +107,18 @@ def test_engines_agree_on_damage(
     assert verdict(bytes(stream), nbytes, "libdeflate") == verdict(bytes(stream), nbytes, "libz")
 
 
+def test_engines_agree_on_streams_that_are_cut() -> None:
+    """Where zeroes would complete them: the word of this last literal ends with four, and the end mark is all zeroes."""
+    for shift in range(16):
+        data = b"\xf0" * shift + bytes(1)
+        encoder = zlib.compressobj(6, zlib.DEFLATED, -15, 9, zlib.Z_FIXED)
+        stream = encoder.compress(data) + encoder.flush()
+        found = [verdict(stream[:end], len(data), "libdeflate") for end in range(len(stream) + 1)]
+        assert found == [verdict(stream[:end], len(data), "libz") for end in range(len(stream) + 1)]
+        assert found[-1] == data
+        assert found[-3] != data
+
+
 @pytest.mark.parametrize("engine", [None, "libdeflate", "libz"])
 @pytest.mark.parametrize("name", streams.ODD)
 def test_stream_that_libz_refuses_and_libdeflate_takes(name: str, engine: Any) -> None:
