@@ -25,15 +25,20 @@
 
 /*
  * A turn of the fast loop, with what comes before the first one, takes in eight bytes three times, each up to seven further. It
- * writes three literals and a match, and past the match what a copy by words writes more.
+ * writes three literals, or two and a match, and past the match what a copy by words writes more.
  */
-enum { COPIED_AT_ONCE = 3 * WORD, IN_MARGIN = 3 * WORD, OUT_MARGIN = 3 + MATCH_MAX + COPIED_AT_ONCE };
+enum { COPIED_AT_ONCE = 3 * WORD, IN_MARGIN = 3 * WORD, OUT_MARGIN = 2 + MATCH_MAX + COPIED_AT_ONCE };
+
+typedef struct tables {
+    uint32_t lengths[LENGTH_ENTRIES], distances[DISTANCE_ENTRIES];
+} tables;
 
 struct fq_deflate {
     stream from;
     uint8_t *out, *out_start, *out_end;
-    bool fixed; /* the tables are those of a block with fixed codes */
-    uint32_t lengths[LENGTH_ENTRIES], distances[DISTANCE_ENTRIES];
+    const tables *codes; /* of this block */
+    bool has_fixed;
+    tables fixed, dynamic;
 };
 
 /* A value and the number that follows its code, which are the first of these bits. */
@@ -46,16 +51,17 @@ static void use_fixed_codes(fq_deflate *s)
 {
     uint8_t word_nbits[FIXED_LENGTH_CODES];
 
-    if (s->fixed)
+    s->codes = &s->fixed;
+    if (s->has_fixed)
         return;
     memset(word_nbits, 8, 144);
     memset(word_nbits + 144, 9, 112);
     memset(word_nbits + 256, 7, 24);
     memset(word_nbits + 280, 8, 8);
-    fq_build_lengths(s->lengths, word_nbits, FIXED_LENGTH_CODES);
+    fq_build_lengths(s->fixed.lengths, word_nbits, FIXED_LENGTH_CODES);
     memset(word_nbits, 5, FIXED_DISTANCE_CODES);
-    fq_build_distances(s->distances, word_nbits, FIXED_DISTANCE_CODES);
-    s->fixed = true;
+    fq_build_distances(s->fixed.distances, word_nbits, FIXED_DISTANCE_CODES);
+    s->has_fixed = true;
 }
 
 static bool use_dynamic_codes(fq_deflate *s)
@@ -63,9 +69,10 @@ static bool use_dynamic_codes(fq_deflate *s)
     uint8_t word_nbits[WORDS_MAX];
     unsigned lengths, distances;
 
-    s->fixed = false;
-    return fq_read_word_lengths(&s->from, word_nbits, &lengths, &distances) && fq_build_lengths(s->lengths, word_nbits, lengths) &&
-           fq_build_distances(s->distances, word_nbits + lengths, distances);
+    s->codes = &s->dynamic;
+    return fq_read_word_lengths(&s->from, word_nbits, &lengths, &distances) &&
+           fq_build_lengths(s->dynamic.lengths, word_nbits, lengths) &&
+           fq_build_distances(s->dynamic.distances, word_nbits + lengths, distances);
 }
 
 static bool copy_stored_block(fq_deflate *s)
@@ -132,7 +139,7 @@ typedef enum outcome { GOES_ON, ENDED, REFUSED } outcome;
 /* As much of a block as keeps the margins, which must be there at first. */
 static outcome inflate_fast(fq_deflate *s)
 {
-    const uint32_t *const lengths = s->lengths, *const distances = s->distances;
+    const uint32_t *const lengths = s->codes->lengths, *const distances = s->codes->distances;
     const uint8_t *in = s->from.in, *const in_fast = s->from.in_end - IN_MARGIN;
     uint8_t *out = s->out, *const out_start = s->out_start, *const out_fast = s->out_end - OUT_MARGIN;
     uint64_t bits = s->from.bits, seen;
@@ -140,7 +147,7 @@ static outcome inflate_fast(fq_deflate *s)
     outcome found = GOES_ON;
     size_t length, distance;
 
-/* All 64 bits are there after a refill, though no more than 56 need to be counted. */
+/* All 64 bits are there after a refill, though 56 to 63 are counted. */
 #define REFILL() (bits |= load_le64(in) << (uint8_t)bit_count, in += 7 - (bit_count >> 3 & 7), bit_count |= 56)
 #define TAKE(entry) (seen = bits, bits >>= entry_nbits(entry), bit_count -= (entry))
 #define INDEX(nbits) low_bits(bits, nbits)
@@ -148,7 +155,10 @@ static outcome inflate_fast(fq_deflate *s)
     REFILL();
     entry = lengths[INDEX(LENGTH_NBITS)];
     do {
-        /* At most three words of 11 bits and a length of 20, so that of 64 bits enough are left to look a distance up by. */
+        /*
+         * 64 bits are there. Before a refill two words of 11 and a length of 20 are taken, and 8 bits looked at; or three words,
+         * and 11 looked at. Before the other one a distance of 28 is taken, and again 11 bits looked at for the next word.
+         */
         TAKE(entry);
         if (entry & LITERAL) {
             *out++ = (uint8_t)(entry >> 16);
@@ -184,8 +194,7 @@ static outcome inflate_fast(fq_deflate *s)
         }
         length = with_number(entry, seen);
         entry = distances[INDEX(DISTANCE_NBITS)];
-        if ((uint8_t)bit_count < DISTANCE_NBITS_MAX)
-            REFILL();
+        REFILL();
         if (entry & SECOND) {
             TAKE(entry);
             entry = distances[entry_value(entry) + INDEX(code_nbits(entry))];
@@ -235,7 +244,7 @@ static outcome inflate_carefully(fq_deflate *s)
 
         if (!refill(&s->from))
             return REFUSED;
-        entry = take_entry(&s->from, s->lengths, LENGTH_NBITS, &seen);
+        entry = take_entry(&s->from, s->codes->lengths, LENGTH_NBITS, &seen);
         if (entry & LITERAL) {
             if (s->out == s->out_end)
                 return REFUSED;
@@ -245,7 +254,7 @@ static outcome inflate_carefully(fq_deflate *s)
         if (entry & RARE)
             return entry & END ? ENDED : REFUSED;
         length = with_number(entry, seen);
-        entry = take_entry(&s->from, s->distances, DISTANCE_NBITS, &seen);
+        entry = take_entry(&s->from, s->codes->distances, DISTANCE_NBITS, &seen);
         distance = with_number(entry, seen);
         if (entry & RARE || distance > (size_t)(s->out - s->out_start) || length > (size_t)(s->out_end - s->out))
             return REFUSED;

@@ -18,8 +18,7 @@ enum {
     REPEAT_MAX = 138,
     WORDS_MAX = LENGTH_CODES_MAX + DISTANCE_CODES_MAX + REPEAT_MAX, /* so that repeats may be written as long as they can be */
     END_OF_BLOCK = 256,
-    MATCH_MAX = 258,
-    DISTANCE_NBITS_MAX = CODE_NBITS_MAX + 13 /* with its number */
+    MATCH_MAX = 258
 };
 
 /* Bits that the first table of a code is indexed by, and entries of all its tables at most (as zlib's examples/enough.c counts). */
@@ -28,7 +27,7 @@ enum { LENGTH_NBITS = 11, LENGTH_ENTRIES = 2342, DISTANCE_NBITS = 8, DISTANCE_EN
 /*
  * An entry: the bits of a code and of the number that follows it (0 to 5), the bits of the code alone (8 to 11), and a value from
  * bit 16 on: a literal, or the least length or distance. A rare one is the end of a block, or leads to a second table: then it has
- * the bits of that one's index in place of the bits of a code, and its start as a value. Rare and nothing else is no code.
+ * the bits of that one's index in place of the bits of a code, and its start as a value. A rare one without either flag is no code.
  */
 #define LITERAL (UINT32_C(1) << 31)
 #define RARE (UINT32_C(1) << 15)

@@ -177,6 +177,9 @@ def streams_of_libz() -> Iterator[bytes]:
             yield struct.pack(">H", nbytes - 1) + stream
     for stream in (*streams.PLAIN.values(), *streams.ODD.values()):
         yield struct.pack(">H", streams.NBYTES - 1) + stream
+    for seed in range(200):
+        stream, content = streams.some_stream(seed)
+        yield struct.pack(">H", len(content) - 1) + stream
 
 
 def streams_of_libzstd() -> Iterator[bytes]:

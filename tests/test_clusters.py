@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import random
 import struct
 import threading
 import zlib
@@ -130,6 +131,19 @@ def test_stream_that_libz_refuses_and_libdeflate_takes(name: str, engine: Any) -
 @pytest.mark.parametrize("name", streams.PLAIN)
 def test_stream_that_differs_from_these_by_little(name: str, engine: Any) -> None:
     assert fastqcow.inflate(streams.PLAIN[name], streams.NBYTES, engine=engine) == streams.CONTENT
+
+
+def test_streams_of_any_codes() -> None:
+    """Good ones, and then each with some damage. libz is the control of what makes them, too."""
+    rng = random.Random(3)
+    for seed in range(600):
+        stream, content = streams.some_stream(seed)
+        assert zlib.decompress(stream, -15) == content
+        assert fastqcow.inflate(stream, len(content)) == content, seed
+        damaged = bytearray(stream)
+        for _ in range(rng.randint(1, 3)):
+            damaged[rng.randrange(min(len(stream), rng.choice([100, len(stream)])))] ^= 1 << rng.randrange(8)
+        assert verdict(bytes(damaged), len(content), "libdeflate") == verdict(bytes(damaged), len(content), "libz"), seed
 
 
 def test_libdeflate_takes_these_streams() -> None:
