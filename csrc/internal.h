@@ -29,8 +29,7 @@ bool fq_source_copy(const fq_source *source, uint64_t host_off, int fd, uint64_t
 
 /* ---- deflate.c: streams of deflate about which libz and libdeflate are of one opinion; with libdeflate only */
 
-/* Whether it starts with its only block, and libz and libdeflate give the same verdict and bytes if it ends where the cluster does.
- */
+/* Whether there is one block alone, whose header leaves no doubt: what libdeflate makes of the stream, libz makes of it too. */
 bool fq_deflate_is_one_block(const uint8_t *in, size_t in_nbytes);
 
 typedef struct fq_deflate fq_deflate; /* for one thread at a time; free() frees it */
