@@ -32,54 +32,60 @@ static void leave_vectors(void)
 }
 #endif
 
+enum { LEVEL = 1, WORK_NBYTES = ISAL_DEF_LVL1_DEFAULT };
+
 typedef struct isal {
     struct isal_zstream stream;
-    uint32_t level, work_nbytes;
-    _Alignas(16) uint8_t work[];
+    _Alignas(16) uint8_t work[WORK_NBYTES];
 } isal;
-
-static const uint32_t work_nbytes[] = {ISAL_DEF_LVL0_DEFAULT, ISAL_DEF_LVL1_DEFAULT, ISAL_DEF_LVL2_DEFAULT, ISAL_DEF_LVL3_DEFAULT};
 
 static size_t state_nbytes_isal(int level, size_t in_nbytes)
 {
-    (void)in_nbytes;
-    return sizeof(isal) + work_nbytes[level];
+    (void)level, (void)in_nbytes;
+    return sizeof(isal);
 }
 
 static void *open_isal(int level)
 {
-    isal *e = calloc(1, sizeof(*e) + work_nbytes[level]);
-
-    if (e) {
-        e->level = (uint32_t)level;
-        e->work_nbytes = work_nbytes[level];
-    }
-    return e;
+    (void)level;
+    return calloc(1, sizeof(isal));
 }
 
+/*
+ * In two calls, of which the first takes in one byte: what ISA-L (2.30 to 2.32) enters into its hash table for the third byte of an
+ * input is, where one call goes that far, a hash of the stream's own address in the place of the bytes'. So the matches it finds
+ * would depend on where the state lies in memory, and the same disk would make another file now and then. Of an input that is not
+ * the last, ISAL_LOOK_AHEAD bytes wait for the next call, which hashes what is there.
+ */
 static fq_status run_isal(void *state, const uint8_t *in, size_t in_nbytes, uint8_t *out, size_t room, size_t *out_nbytes)
 {
     isal *e = state;
-    int ret;
+    struct isal_zstream *stream = &e->stream;
+    const uint32_t first = ISAL_LOOK_AHEAD + 1 < in_nbytes ? ISAL_LOOK_AHEAD + 1 : 0;
+    int ret = COMP_OK;
 
-    isal_deflate_stateless_init(&e->stream);
-    e->stream.level = e->level;
-    e->stream.level_buf = e->work;
-    e->stream.level_buf_size = e->work_nbytes;
-    e->stream.hist_bits = 12;
-    e->stream.end_of_stream = 1;
-    e->stream.flush = NO_FLUSH;
-    e->stream.next_in = (uint8_t *)in;
-    e->stream.avail_in = (uint32_t)in_nbytes;
-    e->stream.next_out = out;
-    e->stream.avail_out = (uint32_t)room;
-    ret = isal_deflate_stateless(&e->stream);
+    isal_deflate_init(stream);
+    stream->level = LEVEL;
+    stream->level_buf = e->work;
+    stream->level_buf_size = sizeof(e->work);
+    stream->hist_bits = 12;
+    stream->next_in = (uint8_t *)in;
+    stream->next_out = out;
+    stream->avail_out = (uint32_t)room;
+    if (first > 0) {
+        stream->avail_in = first;
+        ret = isal_deflate(stream);
+    }
+    stream->avail_in += (uint32_t)in_nbytes - first;
+    stream->end_of_stream = 1;
+    if (ret == COMP_OK)
+        ret = isal_deflate(stream);
     leave_vectors();
-    *out_nbytes = ret == COMP_OK ? e->stream.total_out : 0;
-    return ret == COMP_OK || ret == STATELESS_OVERFLOW ? FQ_OK : FQ_ERR_ARGUMENT;
+    *out_nbytes = stream->internal_state.state == ZSTATE_END ? stream->total_out : 0;
+    return ret == COMP_OK ? FQ_OK : FQ_ERR_ARGUMENT;
 }
 
-const fq_encoder fq_encoder_isal = {0, 3, open_isal, free, state_nbytes_isal, run_isal};
+const fq_encoder fq_encoder_isal = {LEVEL, LEVEL, open_isal, free, state_nbytes_isal, run_isal};
 
 const char *fq_version_isal(void)
 {

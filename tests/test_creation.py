@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from capabilities import need_full_device
 from conftest import Qemu
 from creating import check, digest, needs_isal, out, raw, write
 from fastqcow.cli import main
-from images import mixed, text
+from images import mixed
 from serving import has_nbdkit
 
 __all__ = ["out", "raw"]
@@ -314,18 +313,3 @@ def test_nbdkit_reads_it(raw: Path, out: Path, tmp_path: Path) -> None:
     copied = tmp_path / "copied.raw"
     subprocess.run(["nbdkit", "-U", "-", "--filter=qcow2dec", "file", str(out), "--run", f'nbdcopy "$uri" {copied}'], check=True)
     assert copied.read_bytes() == raw.read_bytes()
-
-
-@needs_isal
-def test_isa_l_leaves_no_slow_thread(raw: Path, out: Path) -> None:
-    """What comes next is as fast as before: on some processors, vector registers that ISA-L leaves in use halve its speed."""
-    raw.write_bytes(text(3_000_000)[: 3_000_000 & ~511])
-
-    def seconds() -> float:
-        started = time.thread_time()
-        write(raw, out, threads=1)
-        return time.thread_time() - started
-
-    before = min(seconds() for _ in range(5))
-    write(raw, out, threads=1, compression_level="fast")
-    assert min(seconds() for _ in range(5)) < 1.5 * before
