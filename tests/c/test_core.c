@@ -55,7 +55,7 @@ static void test_inflate_within_its_buffers(fq_codec codec, int memory_level)
         check_against_libz(codec, in, cut, out, OUT, status);
         unguard(in - 1, cut + 1);
     }
-    for (size_t i = 0; i < nbytes; i += 3) {
+    for (size_t i = 0; i < nbytes; i += 3 * EACH) {
         uint8_t *in = guarded(nbytes);
 
         memcpy(in, stream, nbytes);
@@ -185,7 +185,7 @@ static void test_damage(fq_codec codec)
     uint8_t *whole = guarded(m.size);
     uint32_t seed = 9;
 
-    for (int k = 0; k < 300; k++) {
+    for (int k = 0; k < 300; k += EACH) {
         const size_t place = (seed = seed * 1103515245 + 12345) >> 8;
         const size_t off = k % 3 == 0   ? place % 8
                            : k % 3 == 1 ? CLUSTER + place % (8 * CLUSTERS)

@@ -180,7 +180,7 @@ static void test_rogues(unsigned threads)
     kind = FAULTS; /* none of the others */
     for (int remote = 0; remote < 2; remote++)
         for (int answer = TOO_MUCH; answer < ANSWERS; answer++)
-            for (int n = 1, reached = 1; reached; n++) {
+            for (int n = 1, reached = 1; reached; n += EACH) {
                 rogue r = {.at = {.m = &m}, .answer = answer, .nth = n};
                 const setting s = {.m = &m, .threads = threads};
                 fq_source *source =
