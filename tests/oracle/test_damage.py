@@ -40,7 +40,12 @@ OTHER_PARTS = 6
 SECONDS_MAX = 10.0
 SECONDS_MAX_ENCRYPTED = 300.0  # the image says how often a password is hashed
 # What docs/formats.md gives a reason for where it occurs, and where -s tells of each.
-LOOKED_INTO = ("parts read by fastqcow alone", "parts read by the one, parts by the other", "QEMU crashed, or did not end")
+LOOKED_INTO = (
+    "opened by fastqcow alone",
+    "parts read by fastqcow alone",
+    "parts read by the one, parts by the other",
+    "QEMU crashed, or did not end",
+)
 
 Made = Callable[[Qemu, Path], Path]
 Parts = dict[tuple[int, int], bytes | None]  # by offset and length
@@ -188,7 +193,9 @@ def compare(daemon: Daemon, path: Path, options: dict[str, Any], rng: random.Ran
     ]
     try:
         their_size, theirs = daemon.read(path, parts, **options)
-    except RefusedError:
+    except RefusedError as error:
+        if ours is not None:
+            print(f"\nQEMU refuses: {error}")
         return "opened by fastqcow alone" if ours is not None else "opened by neither"
     except GoneError:
         return "QEMU crashed, or did not end"
