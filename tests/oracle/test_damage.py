@@ -152,18 +152,19 @@ def test_damaged_images(
     top = IMAGES[image_name](qemu, tmp_path)
     format_name = {"encrypted": "luks", "legacy": "aes"}.get(re.split("[- ]", image_name)[0])
     options = {"encrypt": {"format": format_name, "key-secret": "s0"}} if format_name else {}
+    password = PASSWORD if format_name else None
     files = sorted(tmp_path.glob("*.qcow2"))
     sound = {path: path.read_bytes() for path in files}
     geometries = {path: Geometry(path) for path in files}
     rng = random.Random(f"{image_name}")
-    before, _ = read_by_us(top, rng)
+    before, _ = read_by_us(top, password, rng)
     for _ in range(damage_count):
         path = top if rng.random() < 0.8 else rng.choice(files)
         damages = [geometries[path].damage(rng, sound[path]) for _ in range(rng.choice((1, 1, 1, 1, 2, 4)))]
         with damaged(path, sound[path], damages):
             try:
                 asked = [damage.guest_off for damage in damages if damage.guest_off is not None]
-                outcome = compare(daemon, top, options, rng, before or {}, asked)
+                outcome = compare(daemon, top, password, options, rng, before or {}, asked)
                 outcomes[outcome] += 1
                 outcomes.update(f"damaged: {damage.kind}" for damage in damages)
                 if outcome in LOOKED_INTO:
@@ -179,12 +180,14 @@ def told(damages: list[Damage]) -> str:
     return str([(hex(damage.off), damage.replacement and damage.replacement.hex()) for damage in damages])
 
 
-def compare(daemon: Daemon, path: Path, options: dict[str, Any], rng: random.Random, before: Parts, asked: list[int]) -> str:
+def compare(
+    daemon: Daemon, path: Path, password: str | None, options: dict[str, Any], rng: random.Random, before: Parts, asked: list[int]
+) -> str:
     """Who of the two has read how much of the image.
 
     QEMU is asked for what is not as it was before the damage, for the places where that is likely to show, and for a few others.
     """
-    ours, size = read_by_us(path, rng)
+    ours, size = read_by_us(path, password, rng)
     others = set(rng.sample(sorted(ours or ()), min(len(ours or ()), OTHER_PARTS)))
     parts = [
         part
@@ -215,12 +218,12 @@ def compare(daemon: Daemon, path: Path, options: dict[str, Any], rng: random.Ran
     return f"parts read by {alone}"
 
 
-def read_by_us(path: Path, rng: random.Random) -> tuple[Parts | None, int]:
+def read_by_us(path: Path, password: str | None, rng: random.Random) -> tuple[Parts | None, int]:
     """The bytes of each part, None where they cannot be read; None for all where the image cannot be opened. And the size."""
     since = time.process_time()
     threads, cache_size = rng.choice((1, 2, 3)), rng.choice((0, 100_000, 1 << 25))
     try:
-        with fastqcow.open(path, password=PASSWORD, threads=threads, cache_size=cache_size) as image:
+        with fastqcow.open(path, password=password, threads=threads, cache_size=cache_size) as image:
             found = read_parts(image, rng)
             size = image.size
             if rng.random() < 0.2:
@@ -229,7 +232,7 @@ def read_by_us(path: Path, rng: random.Random) -> tuple[Parts | None, int]:
     except (fastqcow.Error, OSError):
         found, size = None, 0
     if rng.random() < 0.1:
-        attempt(lambda: info(path, password=PASSWORD))
+        attempt(lambda: info(path, password=password))
         attempt(lambda: check(path))
     encrypted = path.read_bytes()[32:36] != bytes(4)
     assert time.process_time() - since < (SECONDS_MAX_ENCRYPTED if encrypted else SECONDS_MAX)
