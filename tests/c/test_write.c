@@ -89,6 +89,40 @@ static void test_geometry(const fq_encoder *encoder, int level, unsigned cluster
     free_image(&m);
 }
 
+/* Input and output end at guard pages, whatever the room is: a stream that fits, or none. */
+static void test_encode_within_its_buffers(const fq_encoder *encoder, int level)
+{
+    void *state = encoder->open(level);
+    unsigned fit = 0;
+
+    CHECK(state);
+    for (unsigned bits = 9; bits <= 21; bits += 4)
+        for (size_t nbytes = (size_t)1 << bits, room = nbytes - 1; room > 0; room = room * 3 / 4) {
+            uint8_t *in = guarded(nbytes), *out = guarded(room), *found = malloc(nbytes);
+            size_t out_nbytes;
+
+            CHECK(found);
+            fill(in, nbytes / 2, bits);
+            memcpy(in + nbytes / 2, in, nbytes / 4); /* repeats from far away, and zeroes */
+            CHECK(encoder->run(state, in, nbytes, out, room, &out_nbytes) == FQ_OK && out_nbytes <= room);
+            if (out_nbytes > 0 && encoder == &fq_encoder_zstd) {
+                CHECK(ZSTD_decompress(found, nbytes, out, out_nbytes) == nbytes);
+            } else if (out_nbytes > 0) {
+                z_stream z = {.next_in = out, .avail_in = (uInt)out_nbytes, .next_out = found, .avail_out = (uInt)nbytes};
+
+                CHECK(inflateInit2(&z, -12) == Z_OK && inflate(&z, Z_FINISH) == Z_STREAM_END);
+                CHECK(z.avail_in == 0 && z.total_out == nbytes && inflateEnd(&z) == Z_OK);
+            }
+            CHECK(out_nbytes == 0 || memcmp(in, found, nbytes) == 0);
+            fit += out_nbytes > 0;
+            unguard(in, nbytes);
+            unguard(out, room);
+            free(found);
+        }
+    CHECK(fit >= 4);
+    encoder->close(state);
+}
+
 /*
  * The same disk makes the same file, wherever encoders lie in memory. ISA-L hashes the stream's address, from its bit 16 on, for
  * the third byte of what it is given at once: so the string that starts there, and comes again later, is that of one state's
@@ -162,11 +196,14 @@ int main(void)
     test_geometry(NULL, 0, 12, 3, at_once);
 #ifdef FQ_HAVE_ISAL
     test_geometry(&fq_encoder_isal, 1, 16, 4, usual);
+    test_encode_within_its_buffers(&fq_encoder_isal, 1);
     test_same_stream_from_any_state(&fq_encoder_isal, 1);
 #ifdef __x86_64__
     test_isal_leaves_no_slow_thread();
 #endif
 #endif
+    test_encode_within_its_buffers(&fq_encoder_libz, 6);
+    test_encode_within_its_buffers(&fq_encoder_zstd, 3);
     test_same_stream_from_any_state(&fq_encoder_libz, 6);
     test_same_stream_from_any_state(&fq_encoder_zstd, 3);
     printf("test_write: OK\n");
