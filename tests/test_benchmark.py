@@ -165,7 +165,12 @@ def test_against_qemu(qemu: Qemu, path: Path, temporary: Path) -> None:
     readers = {each.name: [result.reader for result in each.results] for each in found.measurements}
     assert readers["convert"] == ["fastqcow", "uncompressed", "qemu-img convert", "qemu-img convert -m 16 -W"]
     nbd = shutil.which("qemu-nbd") and find_library("nbd")
-    assert readers["random"] == ["fastqcow", "uncompressed", "qemu-img bench", *(["qemu-nbd"] if nbd else [])]
+    # On a busy machine few requests fit into the time: too few for a tool that counts in milliseconds.
+    too_quick = [
+        what for what, why in found.left_out if what.startswith("qemu-img bench, random") and "less time than it can tell" in why
+    ]
+    bench = [] if too_quick else ["qemu-img bench"]
+    assert readers["random"] == ["fastqcow", "uncompressed", *bench, *(["qemu-nbd"] if nbd else [])]
     assert list(temporary.iterdir()) == []
 
 

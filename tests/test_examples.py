@@ -127,7 +127,7 @@ def test_shell(page: str, here: Path, server: WebServer, monkeypatch: pytest.Mon
     """A server runs until the next one is started; what it says follows on the page, if anything does."""
     need_fsspec(page)
     lines = commands(page, here, server)
-    if any("nbd" in line for line in lines):
+    if any("nbd" in line or "fastqcow serve" in line for line in lines):
         need("nbdcopy", "nbdinfo", "qemu-img")
     monkeypatch.chdir(here)
     environment = {**os.environ, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
