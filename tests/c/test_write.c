@@ -173,13 +173,14 @@ static void test_isal_leaves_no_slow_thread(void)
 {
     enum { UPPER_HALVES = 1 << 2 | 1 << 6 };
     static uint8_t in[CLUSTER], out[CLUSTER];
+    const uint32_t before = registers_in_use();
     void *state = fq_encoder_isal.open(1);
     size_t out_nbytes;
 
     CHECK(state);
     fill(in, CLUSTER, 1);
     CHECK(fq_encoder_isal.run(state, in, CLUSTER, out, CLUSTER - 1, &out_nbytes) == FQ_OK && out_nbytes > 0);
-    CHECK((registers_in_use() & UPPER_HALVES) == 0);
+    CHECK((registers_in_use() & ~before & UPPER_HALVES) == 0);
     fq_encoder_isal.close(state);
 }
 #endif
@@ -188,6 +189,9 @@ int main(void)
 {
     const size_t usual = 0, at_once = 1;
 
+#if defined(FQ_HAVE_ISAL) && defined(__x86_64__)
+    test_isal_leaves_no_slow_thread(); /* first: it looks for what was not so before */
+#endif
     for (uint32_t order = 0; order <= 6; order++)
         test_geometry(&fq_encoder_libz, 1, 9, order, order % 2 ? usual : at_once);
     test_geometry(&fq_encoder_libz, 6, 16, 4, usual);
@@ -198,9 +202,6 @@ int main(void)
     test_geometry(&fq_encoder_isal, 1, 16, 4, usual);
     test_encode_within_its_buffers(&fq_encoder_isal, 1);
     test_same_stream_from_any_state(&fq_encoder_isal, 1);
-#ifdef __x86_64__
-    test_isal_leaves_no_slow_thread();
-#endif
 #endif
     test_encode_within_its_buffers(&fq_encoder_libz, 6);
     test_encode_within_its_buffers(&fq_encoder_zstd, 3);
