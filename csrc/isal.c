@@ -61,8 +61,8 @@ static fq_status run_isal(void *state, const uint8_t *in, size_t in_nbytes, uint
 {
     isal *e = state;
     struct isal_zstream *stream = &e->stream;
-    const uint32_t first = ISAL_LOOK_AHEAD + 1 < in_nbytes ? ISAL_LOOK_AHEAD + 1 : 0;
-    int ret = COMP_OK;
+    const uint32_t first = ISAL_LOOK_AHEAD + 1 < in_nbytes ? ISAL_LOOK_AHEAD + 1 : (uint32_t)in_nbytes;
+    int ret;
 
     isal_deflate_init(stream);
     stream->level = LEVEL;
@@ -72,10 +72,8 @@ static fq_status run_isal(void *state, const uint8_t *in, size_t in_nbytes, uint
     stream->next_in = (uint8_t *)in;
     stream->next_out = out;
     stream->avail_out = (uint32_t)room;
-    if (first > 0) {
-        stream->avail_in = first;
-        ret = isal_deflate(stream);
-    }
+    stream->avail_in = first;
+    ret = isal_deflate(stream);
     stream->avail_in += (uint32_t)in_nbytes - first;
     stream->end_of_stream = 1;
     if (ret == COMP_OK)
